@@ -1,0 +1,152 @@
+"""What the nano dual encoders share: pictures with captions to train on, and held-out questions to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polymodal.core.batch import Batch
+from polymodal.core.sample import Sample
+from polymodal.data.worlds import pictograms, shapes
+from polymodal.data.worlds.pictograms import Pictograms
+from polymodal.evaluate.retrieval import rank_of_positives
+from polymodal.modalities.image import ImageProcessor
+from polymodal.tokenizers.text import TextTokenizer
+
+SIZE = 64
+CONTEXT = 32
+VOCAB = 5000
+# How often a picture of an artist is shown an epoch: emoji have the best names, in seven languages.
+REPEATS = {"noto": 3}
+SCENES = 6000  # new scenes of shapes an epoch
+
+
+@lru_cache(maxsize=1)
+def world() -> Pictograms:
+    return Pictograms.load()
+
+
+@lru_cache(maxsize=2)
+def tokenizer(pad: str = "longest") -> TextTokenizer:
+    """Byte-level BPE learned on training captions only; the same on every machine."""
+    rng = np.random.default_rng(0)
+    records = [world().records[i] for i in world().split("train")]
+    texts = [pictograms.caption(r, rng) for r in records for _ in range(4)]
+    texts += [shapes.describe(shapes.scene(rng), rng) for _ in range(500)]
+    return replace(TextTokenizer.train_bpe(texts, VOCAB, length=CONTEXT), pad=pad)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Pictograms on random backgrounds and scenes of shapes, each with a caption drawn anew."""
+
+    images: ImageProcessor
+    tokenizer: TextTokenizer
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        rows = world().split("train")
+        return np.concatenate([np.repeat(i, REPEATS.get(world().records[i].artist, 1)) for i in rows])
+
+    def __len__(self) -> int:
+        return len(self._rows) + SCENES
+
+    def batch(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
+        index = np.asarray(indices)
+        drawn = self._rows[index[index < len(self._rows)]]
+        pixels = [pictograms.compose(world().rgba(drawn), rng, SIZE)] if len(drawn) else []
+        texts = [pictograms.caption(world().records[i], rng) for i in drawn]
+        scenes = [shapes.scene(rng) for _ in range(len(index) - len(drawn))]
+        if scenes:
+            rendered = np.stack([shapes.render(s, SIZE) for s in scenes])
+            pixels.append(torch.from_numpy(rendered).permute(0, 3, 1, 2))
+            texts += [shapes.describe(s, rng) for s in scenes]
+        ids, _ = self.tokenizer(texts)
+        return Batch(pixels=self.images.normalise(torch.cat(pixels)), ids=ids)
+
+
+class Questions:
+    """Held-out retrieval and zero-shot questions, asked of any system that embeds pictures and texts."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def _texts(self, texts: Sequence[str]) -> Tensor:
+        return torch.cat([
+            self.model.encode(self.model.prepare([Sample.of(t) for t in texts[i : i + 256]])) for i in range(0, len(texts), 256)
+        ])  # fmt: skip
+
+    def _pictures(self, rows: Sequence[int] | np.ndarray) -> Tensor:
+        chunks = [world().rgba(rows[i : i + 256]) for i in range(0, len(rows), 256)]
+        return self._pixels([pictograms.plain(c, SIZE) for c in chunks])
+
+    def _pixels(self, chunks: Sequence[Tensor]) -> Tensor:
+        return torch.cat([self.model.encode(Batch(pixels=self.model.images.normalise(c))) for c in chunks])
+
+    def _by_name(self, rows: np.ndarray, language: str = "en") -> dict[str, float]:
+        """Text to picture among ``rows``; every picture of the same name counts."""
+        records = [world().records[i] for i in rows]
+        names = sorted({r.names[language][0].lower() for r in records if language in r.names})
+        positive = torch.tensor([[language in r.names and r.names[language][0].lower() == n for r in records] for n in names])
+        ranks = rank_of_positives(self._texts(names) @ self._pictures(rows).T, positive)
+        return {"r1": float((ranks < 1).float().mean()), "r10": float((ranks < 10).float().mean())}
+
+    def ask(self) -> dict[str, float]:
+        records = world().records
+        emoji = np.array([i for i, r in enumerate(records) if r.artist == "noto" and r.tone is None and len(r.concept) < 6])
+        split = {name: world().split(name) for name in pictograms.SPLITS}
+        out: dict[str, float] = {}
+
+        def note(name: str, values: dict[str, float]) -> None:
+            out.update({f"{name}/{k}": v for k, v in values.items()})
+
+        note("concepts", self._by_name(np.intersect1d(emoji, split["concepts"])))
+        for artist in pictograms.HELD_OUT_ARTISTS:
+            rows = np.array([i for i in split["artists"] if records[i].artist == artist and records[i].tone is None])
+            note(artist, self._by_name(rows))
+        known = np.intersect1d(emoji, split["train"])
+        note("seen", self._by_name(known))
+        for language in ("ca", "da", "pl"):
+            note(f"language {language}", self._by_name(known, language))
+        note("combinations", self._tones(split["combinations"]))
+        note("shapes", self._shapes())
+        return out
+
+    def _tones(self, rows: np.ndarray) -> dict[str, float]:
+        """For each held-out cell of the skin-tone grid: which of the five tones of its concept is it?"""
+        records = world().records
+        tones: dict[str, dict[int, str]] = {}
+        for r in records:
+            if r.artist == "noto" and r.tone is not None:
+                tones.setdefault(r.concept, {})[r.tone] = r.name.lower()
+        rows = np.array([i for i in rows if len(tones[records[i].concept]) == 5])
+        pictures = self._pictures(rows)
+        texts = self._texts([tones[records[i].concept][t] for i in rows for t in range(1, 6)]).view(len(rows), 5, -1)
+        choice = torch.einsum("nd,ntd->nt", pictures, texts).argmax(1) + 1
+        return {"tone": float((choice == torch.tensor([records[i].tone for i in rows])).float().mean())}
+
+    def _shapes(self, scenes: int = 400) -> dict[str, float]:
+        """One object of a colour and shape never seen together: its colour among 12, its shape among all."""
+        rng = np.random.default_rng(7)
+        drawn = [shapes.scene(rng, objects=1, held_out=True) for _ in range(scenes)]
+        rendered = torch.from_numpy(np.stack([shapes.render(s, SIZE) for s in drawn])).permute(0, 3, 1, 2)
+        pictures = self._pixels(rendered.split(200))
+        kinds = sorted({s.things[0].shape for s in drawn} | {shape for _, shape in shapes.HELD_OUT})
+        colours = sorted(shapes.COLOURS)
+        vectors = self._texts([f"a {c} {k}" for c in colours for k in kinds]).view(len(colours), len(kinds), -1)
+        scores = torch.einsum("nd,ckd->nck", pictures, vectors)
+        colour = torch.tensor([colours.index(s.things[0].colour) for s in drawn])
+        kind = torch.tensor([kinds.index(s.things[0].shape) for s in drawn])
+        row = torch.arange(scenes)
+        both = scores.flatten(1).argmax(1) == colour * len(kinds) + kind
+        return {
+            "colour": float((scores[row, :, kind].argmax(1) == colour).float().mean()),
+            "shape": float((scores[row, colour].argmax(1) == kind).float().mean()),
+            "both": float(both.float().mean()),
+        }

@@ -1,0 +1,42 @@
+"""Polymodal: every multimodal system of the literature as one short file over shared parts.
+
+    >>> import polymodal
+    >>> model = polymodal.load("polymodal/nano-clip")
+    >>> vectors = model.embed([polymodal.Image("cup.png"), "a red cup"])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from polymodal.api import build, load
+    from polymodal.core.errors import PolymodalError
+    from polymodal.core.sample import Image, Sample, Text
+
+# Where each public name lives: importing polymodal imports no torch.
+_LAZY = {
+    "load": "polymodal.api",
+    "build": "polymodal.api",
+    "PolymodalError": "polymodal.core.errors",
+    "Image": "polymodal.core.sample",
+    "Text": "polymodal.core.sample",
+    "Sample": "polymodal.core.sample",
+}
+
+__all__ = ["Image", "PolymodalError", "Sample", "Text", "__version__", "build", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in {"retrieve", "train", "data", "evaluate", "systems", "weights"}:
+        return importlib.import_module(f"polymodal.{name}")
+    raise AttributeError(f"module 'polymodal' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""What everything else is built on: samples, tokens, batches, verbs, errors. No learned layers."""

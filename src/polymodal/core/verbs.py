@@ -1,0 +1,110 @@
+"""The verbs. A system has a verb by implementing its protocol; callers know these and no concrete system."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from polymodal.core.batch import Batch, Loss
+from polymodal.core.sample import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Shape (without the batch axis), dtype and, for integers, the range (``high`` excluded) of one input tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    low: int = 0
+    high: int = 1
+
+    def random(self, batch: int, generator: torch.Generator) -> Tensor:
+        if self.dtype == torch.bool:
+            return torch.ones(batch, *self.shape, dtype=torch.bool)
+        if self.dtype.is_floating_point:
+            return torch.randn(batch, *self.shape, generator=generator, dtype=self.dtype)
+        return torch.randint(self.low, self.high, (batch, *self.shape), generator=generator, dtype=self.dtype)
+
+
+@runtime_checkable
+class HasInputs(Protocol):
+    def inputs_spec(self) -> dict[str, TensorSpec]:
+        """What `loss` reads, by name: makes generic tests, benchmarks and documentation free."""
+        ...
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """Gives one vector a sample."""
+
+    @property
+    def embedding_dim(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights, the config and the pre-processing: vectors of equal fingerprints may be compared."""
+        ...
+
+    def prepare(self, samples: Sequence[Sample]) -> Batch:
+        """Decodes and pre-processes samples of one kind (all pictures or all texts). Thread-safe, no learned layer.
+
+        Raises:
+            MediaError: a sample cannot be decoded; the message names it.
+        """
+        ...
+
+    def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
+        """Vectors of unit length in fp32 for what `prepare` made."""
+        ...
+
+    def embed(
+        self, items: Any, *, batch_size: int = 64, progress: Callable[[int], None] | None = None
+    ) -> Float[Tensor, "samples dim"]:
+        """`prepare` and `encode` in batches, without gradients, for anything that `core.sample.samples` takes; order is kept."""
+        ...
+
+
+@runtime_checkable
+class Trains(Protocol):
+    """Can be trained by the one loop."""
+
+    def loss(self, batch: Batch) -> Loss: ...
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Runs after each optimiser step (clamps, EMA teachers)."""
+        ...
+
+    def no_decay(self) -> Iterable[str]:
+        """Names of parameters that take no weight decay beside those with fewer than two axes."""
+        ...
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The repeated layers: the units that sharding gathers and frees one at a time."""
+        ...
+
+
+@runtime_checkable
+class Counts(Protocol):
+    """Says how many tokens each part of a sample becomes: the one count that everybody uses."""
+
+    def count(self, sample: Sample) -> int: ...
+
+
+@runtime_checkable
+class Classifies(Protocol):
+    """Can score pictures against texts (zero-shot)."""
+
+    def logits(
+        self, images: Float[Tensor, "images dim"], texts: Float[Tensor, "texts dim"]
+    ) -> Float[Tensor, "images texts"]: ...
+
+
+def verbs_of(system: type) -> Sequence[str]:
+    """The names of the verbs that a class implements."""
+    names = {"embed": "embed", "loss": "train", "logits": "classify", "count": "count"}
+    return [verb for method, verb in names.items() if getattr(system, method, None) is not None]

@@ -1,0 +1,1 @@
+"""Data sets, their order, and the worlds that a computer can render."""

@@ -1,0 +1,1 @@
+"""Output maps and their losses."""

@@ -1,0 +1,1 @@
+"""Leaves: the learned layers that every part is made of."""

@@ -1,0 +1,42 @@
+"""Weights in a lower precision for inference, with the islands that must stay fp32."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from polymodal.core.errors import ConfigError
+
+Precision = Literal["auto", "fp32", "bf16"]
+M = TypeVar("M", bound=nn.Module)
+
+
+def fast_bf16() -> bool:
+    """Whether this machine multiplies bf16 matrices faster than fp32 ones (a GPU, or a CPU with AVX512-BF16 or AMX)."""
+    if torch.cuda.is_available():
+        return True
+    if not callable(getattr(torch.cpu, "get_capabilities", None)):  # torch before 2.13 cannot say
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def cast(model: M, precision: Precision) -> M:
+    """Casts, in place, the matrices of ``model``; scalars and tables of fewer than two axes outside layers stay fp32.
+
+    ``auto`` is bf16 where the machine is faster in it and fp32 elsewhere.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ConfigError(f"precision is 'auto', 'fp32' or 'bf16', not {precision!r}")
+    if precision == "fp32" or (precision == "auto" and not fast_bf16()):
+        return model
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.Embedding):
+            module.to(torch.bfloat16)
+        else:
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim > 1:
+                    setattr(module, name, nn.Parameter(parameter.to(torch.bfloat16), parameter.requires_grad))
+    return model

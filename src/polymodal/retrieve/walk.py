@@ -1,0 +1,80 @@
+"""Finding the pictures under a folder, whatever the folder holds."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from polymodal.core.sample import IMAGE_SUFFIXES
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A picture file as the folder shows it; nothing of it was read."""
+
+    path: str  # absolute
+    size: int  # bytes
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A file or folder that cannot be looked at. Unless ``gone``, what is known of it and below it stays known."""
+
+    path: str
+    reason: str
+    gone: bool = False
+
+
+def walk(root: str, skip: str = "") -> Iterator[Found | Unreadable]:
+    """The pictures under ``root``, recursively.
+
+    Hidden files and folders and the folder ``skip`` are left out. Links to folders are followed after the real folders,
+    and each real folder is visited once, so a loop of links ends. Pipes, devices and sockets are never opened.
+    """
+    seen: set[tuple[int, int]] = set()
+    if skip and Path(skip).is_dir():
+        own = os.stat(skip)
+        seen.add((own.st_dev, own.st_ino))
+    folders, links = [root], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                listed = sorted(entries, key=lambda e: e.name)
+        except FileNotFoundError:
+            continue  # deleted since its parent was listed
+        except OSError as error:
+            yield Unreadable(folder, f"the folder cannot be read: {error.strerror}")
+            continue
+        for entry in listed:
+            if entry.name.startswith("."):
+                continue
+            try:
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(entry.path)
+                elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                    yield _look(entry)
+            except FileNotFoundError:
+                if entry.is_symlink():
+                    yield Unreadable(entry.path, "a link to nothing", gone=True)
+            except OSError as error:
+                yield Unreadable(entry.path, f"cannot be looked at: {error.strerror}")
+
+
+def _look(entry: os.DirEntry[str]) -> Found | Unreadable:
+    try:
+        entry.path.encode()
+    except UnicodeEncodeError:
+        return Unreadable(entry.path, "the name is not valid UTF-8: rename it", gone=True)
+    status = entry.stat()
+    if not stat.S_ISREG(status.st_mode):
+        return Unreadable(entry.path, "not a regular file", gone=True)
+    return Found(entry.path, status.st_size, status.st_mtime_ns)

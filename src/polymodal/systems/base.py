@@ -1,0 +1,258 @@
+"""What every system shares: building, total loading, saving, embedding. Not a system itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from polymodal.core.batch import Batch
+from polymodal.core.errors import MediaError, UnsupportedError, WeightsError
+from polymodal.core.files import atomic_write, read_json, write_json
+from polymodal.core.sample import Sample, samples
+from polymodal.core.verbs import TensorSpec
+from polymodal.modalities.image import ImageProcessor, PatchProcessor, load_processor
+from polymodal.nn.precision import Precision, cast
+from polymodal.tokenizers.text import TextTokenizer
+from polymodal.weights.files import SINGLE, Checkpoint, write_shards
+from polymodal.weights.rules import Plan, Rule, plan, to_theirs, unplan
+
+PREPROCESSOR = "preprocessor_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How a system's checkpoints look in one library's files: the config, the names, the processors."""
+
+    read: Callable[[Mapping[str, Any]], tuple[Any, dict[str, str]]]  # config file -> (Config, what was done per field)
+    write: Callable[[Any], dict[str, Any]]  # Config -> config file
+    rules: Callable[[Any], list[Rule]]
+    config_file: str = "config.json"
+    weights_file: str = SINGLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The public implementation of a system, for proofs: how to call it on our inputs and what to compare."""
+
+    package: str
+    cls: str
+    inputs: Mapping[str, str]  # our input name -> its keyword
+    output: str  # the attribute of its result that equals our `forward`
+    extra: Mapping[str, Any] | None = None  # further keywords of its call
+    loss: bool = True  # whether its result has a `.loss` equal to ours
+
+
+class System(nn.Module):
+    """Base of the systems. A subclass is final and gives a config, parts, formats and the verbs it has."""
+
+    formats: ClassVar[dict[str, Format]]
+    reference: ClassVar[Reference | None] = None
+    images: ImageProcessor | PatchProcessor | None = None
+    tokenizer: TextTokenizer | None = None
+    source: str = "built from a config: random weights"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self._fingerprint: str | None = None
+
+    # -- what subclasses give ------------------------------------------------------------------------------------
+
+    def init_weights(self) -> None:
+        """Initialises every parameter as the paper does."""
+        raise NotImplementedError
+
+    def inputs_spec(self) -> dict[str, TensorSpec]:
+        """What `loss` reads, by name."""
+        raise NotImplementedError
+
+    def load_processors(self, folder: Path) -> None:
+        """Reads the pre-processing that a checkpoint's folder declares; systems with a tokenizer add theirs."""
+        if (folder / PREPROCESSOR).is_file() or (folder / "processor_config.json").is_file():
+            self.images = load_processor(folder)
+
+    def default_images(self) -> ImageProcessor | PatchProcessor | None:
+        """The pre-processing that follows from the config alone, for a system built without a checkpoint."""
+        return None
+
+    def prepare_images(self, items: Sequence[Sample]) -> Batch:
+        if not isinstance(self.images, ImageProcessor):
+            raise UnsupportedError(f"{type(self).__name__} ({self.source}) has no image processor: its folder has no {PREPROCESSOR}")
+        return Batch(pixels=self.images([s.images[0] for s in items]))
+
+    def prepare_texts(self, items: Sequence[Sample]) -> Batch:
+        raise UnsupportedError(f"{type(self).__name__} reads pictures only")
+
+    # -- training: defaults of the Trains protocol -----------------------------------------------------------------
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Nothing to do for most systems."""
+
+    def no_decay(self) -> Iterable[str]:
+        return ()
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The repeated blocks, for sharding."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.ModuleList) and name.endswith("blocks"):
+                yield from module
+
+    # -- building, loading, saving ------------------------------------------------------------------------------------
+
+    @classmethod
+    def build(cls, config: Any) -> System:
+        """A system with freshly initialised weights."""
+        model = cls(config)
+        model.init_weights()
+        model.images = model.default_images()
+        return model
+
+    @classmethod
+    def from_folder(cls, folder: Path, format_name: str, *, precision: Precision = "fp32") -> System:
+        """A system with the weights of a folder, all of them, or an error that lists every problem.
+
+        The module is made on the meta device and filled tensor by tensor, so that a checkpoint is never in memory twice.
+        """
+        fmt = cls.formats[format_name]
+        config, _ = fmt.read(read_json(folder / fmt.config_file))
+        with torch.device("meta"):
+            model = cls(config)
+        with Checkpoint(folder, fmt.weights_file) as checkpoint:
+            todo = model.plan(fmt, checkpoint.meta())
+            if todo.problems:
+                raise WeightsError(str(folder), todo.problems)
+            for step in todo.steps:
+                results = step.op.to_ours([checkpoint.read(n) for n in step.theirs])
+                for name, tensor in zip(step.ours, results, strict=True):
+                    model._fill(name, tensor)
+        assert not todo.initialised, "no system of this release initialises a parameter beside a checkpoint"
+        left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+        assert not left, f"still without a value: {left}"
+        model.source = str(folder)
+        model.load_processors(folder)
+        if model.images is None:
+            model.images = model.default_images()
+        return cast(model.eval(), precision)
+
+    def plan(self, fmt: Format, theirs: Mapping[str, Tensor]) -> Plan:
+        return plan(fmt.rules(self.config), theirs, self.state_dict())
+
+    def _fill(self, name: str, tensor: Tensor) -> None:
+        *path, leaf = name.split(".")
+        module = self.get_submodule(".".join(path))
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        if leaf in module._parameters:
+            old = module._parameters[leaf]
+            assert old is not None
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=old.requires_grad))
+        else:
+            module._buffers[leaf] = tensor
+
+    def save(self, folder: str | Path, *, format_name: str = "hf", dtype: torch.dtype = torch.float32) -> Path:
+        """Writes config, weights and processors in the format of the Hub; weights last, so that a cut leaves no model."""
+        folder = Path(folder)
+        fmt = self.formats[format_name]
+        state = self.state_dict()
+        rules = fmt.rules(self.config)
+
+        def stream() -> Iterator[tuple[str, Tensor]]:
+            for step in unplan(rules, state):
+                tensors = [state[n].detach().cpu() for n in step.ours]
+                for name, tensor in zip(step.theirs, step.op.to_theirs(tensors), strict=True):
+                    yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / fmt.config_file, fmt.write(self.config))
+        if self.images is not None:
+            write_json(folder / PREPROCESSOR, self.images.to_hf())
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+        write_shards(folder, stream())
+        return folder
+
+    def to_hub(self, tensors: Mapping[str, Tensor], format_name: str = "hf") -> dict[str, Tensor]:
+        """Tensors by our names (weights or their gradients) under the names and layouts of a format."""
+        return to_theirs(self.formats[format_name].rules(self.config), tensors)
+
+    # -- embedding: the Embeds protocol, for systems with `encode_images` or `encode_texts` -------------------------------
+
+    @property
+    def embedding_dim(self) -> int:
+        raise UnsupportedError(f"{type(self).__name__} gives no vectors")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights, the config and the pre-processing."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(repr((type(self).__name__, asdict(self.config), self.images)).encode())
+            if self.tokenizer is not None:
+                digest.update(self.tokenizer.fingerprint.encode())
+            for name, tensor in sorted(self.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    def train(self, mode: bool = True) -> System:
+        self._fingerprint = None  # the weights may be about to change
+        return super().train(mode)
+
+    def prepare(self, items: Sequence[Sample]) -> Batch:
+        """Decodes and pre-processes samples that are all one picture, or all one text, each.
+
+        Raises:
+            MediaError: a sample is mixed, holds several parts, or cannot be decoded.
+        """
+        for item in items:
+            if len(item.parts) != 1:
+                raise MediaError(
+                    f"{type(self).__name__} gives one vector to one picture or one text; this sample has {len(item.parts)} parts"
+                )
+        kinds = {type(item.parts[0]) for item in items}
+        assert len(kinds) == 1, "prepare takes samples of one kind"
+        return self.prepare_images(items) if items[0].images else self.prepare_texts(items)
+
+    def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
+        """Unit vectors in fp32 for what `prepare` made."""
+        raise UnsupportedError(f"{type(self).__name__} gives no vectors")
+
+    @torch.inference_mode()
+    def embed(
+        self, items: Any, *, batch_size: int = 64, progress: Callable[[int], None] | None = None
+    ) -> Float[Tensor, "samples dim"]:
+        """One unit vector an item; pictures and texts may be mixed, the order is kept. ``progress`` gets counts done."""
+        todo = samples(items)
+        out = torch.empty(len(todo), self.embedding_dim)
+        groups = [
+            [i for i, s in enumerate(todo) if bool(s.images)],
+            [i for i, s in enumerate(todo) if not s.images],
+        ]
+        device = next(self.parameters()).device
+        was_training = self.training
+        self.eval()
+        for group in groups:
+            for start in range(0, len(group), batch_size):
+                rows = group[start : start + batch_size]
+                out[rows] = self.encode(self.prepare([todo[i] for i in rows]).to(device)).cpu()
+                if progress is not None:
+                    progress(len(rows))
+        if was_training:
+            self.train()
+        return out
+
+
+def write_card(folder: Path, text: str) -> None:
+    """A model card beside a checkpoint."""
+    atomic_write(folder / "README.md", text)
+
+
+def dump_config(config: Any) -> str:
+    return json.dumps(asdict(config), indent=2)

@@ -1,0 +1,339 @@
+"""CLIP: pictures and texts in one space, by contrast.
+
+Paper: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
+https://arxiv.org/abs/2103.00020. Official code: openai/CLIP; trained on by mlfoundations/open_clip.
+Hub: openai/clip-vit-base-patch32, openai/clip-vit-large-patch14, laion/CLIP-ViT-B-32-laion2B-s34B-b79K, ...
+
+    picture -> ViT -> class token -> norm -> projection --+
+                                                          cosine * exp(scale) -> symmetric cross-entropy
+    text -> causal Transformer -> norm -> EOT -> projection --+
+
+Training details kept here: OpenAI's initialisation; the scale is stored as a logarithm, starts at ln(1/0.07), and is
+clamped to [0, ln 100] after each optimiser step; no weight decay on norms, biases and scale; gradients flow through the
+gather of all ranks' features.
+
+Deviations: texts are padded to the longest of the batch instead of 77 tokens (a causal tower cannot see the padding), and
+the last vision block computes only the class token's row (the other rows are not read). Both leave every output as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from polymodal.core.batch import Batch, Loss
+from polymodal.core.errors import UnsupportedError
+from polymodal.core.sample import Sample
+from polymodal.core.verbs import TensorSpec
+from polymodal.encoders.text import TextConfig, TextTower
+from polymodal.encoders.vit import ViT, ViTConfig
+from polymodal.heads.contrastive import clip_loss
+from polymodal.modalities.image import CLIP_MEAN, CLIP_STD, CenterCrop, ImageProcessor, ShortestEdge
+from polymodal.nn.mlp import ActivationName
+from polymodal.systems.base import Format, Reference, System
+from polymodal.tokenizers.text import TextTokenizer
+from polymodal.weights.fields import IMAGE_FIELDS, TRANSFORMER_FIELDS, Fields, FieldTable, read_fields, write_fields
+from polymodal.weights.layouts import clip_blocks
+from polymodal.weights.rules import Rule, Split, Transpose, drop, rule
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig:
+    """Two towers and the width of the shared space; ``eot_id`` is the token whose first place is the text's vector."""
+
+    vision: ViTConfig
+    text: TextConfig
+    embed_dim: int
+    eot_id: int
+
+
+def preset(
+    patch: int, size: int, vision: tuple[int, int, int], text: tuple[int, int, int], embed_dim: int,
+    activation: ActivationName = "quick_gelu",
+) -> CLIPConfig:
+    """A config from (dim, layers, heads) of both towers, as the model cards give them."""
+    return CLIPConfig(
+        vision=ViTConfig(
+            image_size=size, patch_size=patch, dim=vision[0], num_layers=vision[1], num_heads=vision[2],
+            hidden_dim=4 * vision[0], activation=activation, norm_eps=1e-5, patch_bias=False, pre_norm=True,
+        ),
+        text=TextConfig(
+            vocab_size=49408, context=77, dim=text[0], num_layers=text[1], num_heads=text[2], hidden_dim=4 * text[0],
+            activation=activation,
+        ),
+        embed_dim=embed_dim, eot_id=49407,
+    )  # fmt: skip
+
+
+PRESETS = {
+    "openai/clip-vit-base-patch32": lambda: preset(32, 224, (768, 12, 12), (512, 12, 8), 512),
+    "openai/clip-vit-base-patch16": lambda: preset(16, 224, (768, 12, 12), (512, 12, 8), 512),
+    "openai/clip-vit-large-patch14": lambda: preset(14, 224, (1024, 24, 16), (768, 12, 12), 768),
+    "openai/clip-vit-large-patch14-336": lambda: preset(14, 336, (1024, 24, 16), (768, 12, 12), 768),
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": lambda: preset(32, 224, (768, 12, 12), (512, 12, 8), 512, "gelu"),
+}  # fmt: skip
+
+
+@final
+class CLIP(System):
+    """Contrastive language-image pre-training."""
+
+    config: CLIPConfig
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__(config)
+        self.vision = ViT(config.vision)
+        self.text = TextTower(config.text)
+        self.image_projection = nn.Linear(config.vision.dim, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(config.text.dim, config.embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """OpenAI's scheme: width-scaled normals in the text tower, torch's own defaults in the vision blocks."""
+        vision, text = self.config.vision, self.config.text
+        scale = vision.dim**-0.5
+        assert self.vision.class_token is not None
+        for parameter in (self.vision.class_token, self.vision.position, self.image_projection.weight):
+            nn.init.normal_(parameter, std=scale)
+        nn.init.normal_(self.text.embed_tokens.weight, std=0.02)
+        nn.init.normal_(self.text.position, std=0.01)
+        nn.init.normal_(self.text_projection.weight, std=text.dim**-0.5)
+        for block in self.vision.blocks:
+            for proj in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj):
+                # Xavier over the fused (3 dim, dim) matrix, as nn.MultiheadAttention does.
+                bound = math.sqrt(6 / (4 * vision.dim))
+                nn.init.uniform_(proj.weight, -bound, bound)
+                nn.init.zeros_(proj.bias)
+            nn.init.zeros_(block.attn.o_proj.bias)
+        for block in self.text.blocks:
+            for proj in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj):
+                nn.init.normal_(proj.weight, std=text.dim**-0.5)
+                nn.init.zeros_(proj.bias)
+            residual = text.dim**-0.5 * (2 * text.num_layers) ** -0.5
+            nn.init.normal_(block.attn.o_proj.weight, std=residual)
+            nn.init.zeros_(block.attn.o_proj.bias)
+            nn.init.normal_(block.mlp.up_proj.weight, std=(2 * text.dim) ** -0.5)
+            nn.init.normal_(block.mlp.down_proj.weight, std=residual)
+
+    def inputs_spec(self) -> dict[str, TensorSpec]:
+        c = self.config
+        side = c.vision.image_size
+        return {
+            "pixels": TensorSpec(shape=(c.vision.num_channels, side, side)),
+            "ids": TensorSpec(shape=(c.text.context,), dtype=torch.int64, high=c.text.vocab_size),
+        }
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.config.embed_dim
+
+    def encode_images(self, pixels: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
+        return F.normalize(self.image_projection(self.vision.class_vector(pixels)).float(), dim=-1)
+
+    def encode_texts(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch dim"]:
+        eot = (ids == self.config.eot_id).int().argmax(1)
+        return F.normalize(self.text_projection(self.text.at(self.text(ids), eot)).float(), dim=-1)
+
+    def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
+        return self.encode_images(batch["pixels"]) if "pixels" in batch else self.encode_texts(batch["ids"])
+
+    def logits(self, images: Float[Tensor, "images dim"], texts: Float[Tensor, "texts dim"]) -> Float[Tensor, "images texts"]:
+        """Scaled cosines; their softmax over texts is the zero-shot probability."""
+        return self.logit_scale.float().exp() * images @ texts.T
+
+    def forward(self, batch: Batch) -> Float[Tensor, "images texts"]:
+        return self.logits(self.encode_images(batch["pixels"]), self.encode_texts(batch["ids"]))
+
+    def loss(self, batch: Batch) -> Loss:
+        images, texts = self.encode_images(batch["pixels"]), self.encode_texts(batch["ids"])
+        return clip_loss(images, texts, self.logit_scale.float().exp())
+
+    @torch.no_grad()
+    def after_step(self, step: int, total_steps: int) -> None:
+        self.logit_scale.clamp_(0, math.log(100))
+
+    def count(self, sample: Sample) -> int:
+        """Tokens that the towers compute for the parts of a sample."""
+        side = self.config.vision.image_size
+        total = len(sample.images) * self.config.vision.count(side, side)
+        for text in sample.texts:
+            total += self._tokenizer()([text.text])[0].shape[1]
+        return total
+
+    def _tokenizer(self) -> TextTokenizer:
+        if self.tokenizer is None:
+            raise UnsupportedError(f"this CLIP ({self.source}) has no tokenizer: set model.tokenizer, or load a checkpoint that has one")
+        return self.tokenizer
+
+    def prepare_texts(self, items: Sequence[Sample]) -> Batch:
+        ids, _ = self._tokenizer()([s.texts[0].text for s in items])
+        return Batch(ids=ids)
+
+    def load_processors(self, folder: Path) -> None:
+        super().load_processors(folder)
+        if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+            self.tokenizer = TextTokenizer.from_folder(folder, length=self.config.text.context, pad="longest")
+
+    def default_images(self) -> ImageProcessor:
+        side = self.config.vision.image_size
+        return ImageProcessor(
+            resize=ShortestEdge(size=side), resample="bicubic", crop=CenterCrop(height=side, width=side),
+            mean=CLIP_MEAN, std=CLIP_STD,
+        )  # fmt: skip
+
+
+    reference = Reference(
+        package="transformers", cls="CLIPModel", inputs={"pixels": "pixel_values", "ids": "input_ids"},
+        output="logits_per_image", extra={"return_loss": True},
+    )  # fmt: skip
+
+
+VISION: FieldTable = (
+    *TRANSFORMER_FIELDS, *IMAGE_FIELDS[::2], ("patch_size", "patch_size", 32), ("hidden_act", "activation", "quick_gelu"),
+    ("layer_norm_eps", "norm_eps", 1e-5),
+)  # fmt: skip
+TEXT: FieldTable = (
+    ("hidden_size", "dim", 512), ("num_hidden_layers", "num_layers", 12), ("num_attention_heads", "num_heads", 8),
+    ("intermediate_size", "hidden_dim", 2048), ("hidden_act", "activation", "quick_gelu"),
+    ("layer_norm_eps", "norm_eps", 1e-5), ("vocab_size", "vocab_size", 49408), ("max_position_embeddings", "context", 77),
+)  # fmt: skip
+
+
+def read_hf(raw: Mapping[str, Any]) -> tuple[CLIPConfig, dict[str, str]]:
+    f = Fields(raw)
+    f.require("model_type", "clip")
+    embed_dim = f.take("projection_dim", int, 512)
+    f.ignore("the scale is a weight of the checkpoint", "logit_scale_init_value")
+    f.ignore("old copies of the nested configs", "text_config_dict", "vision_config_dict")
+    v, t = f.child("vision_config"), f.child("text_config")
+    for part, kind in ((v, "clip_vision_model"), (t, "clip_text_model")):
+        part.require("model_type", kind)
+        part.require("attention_dropout", 0.0)
+        part.require("dropout", 0.0)
+        part.ignore("the projection's width is the outer projection_dim", "projection_dim")
+    vision, text = read_fields(v, VISION), read_fields(t, TEXT)
+    # Configs written before 2023 say 2 and mean "the largest id", which is OpenAI's end of text.
+    eot = t.take("eos_token_id", int, 49407)
+    report = f.done()
+    return CLIPConfig(
+        vision=ViTConfig(**vision, patch_bias=False, pre_norm=True), text=TextConfig(**text), embed_dim=embed_dim,
+        eot_id=text["vocab_size"] - 1 if eot == 2 else eot,
+    ), report  # fmt: skip
+
+
+def write_hf(c: CLIPConfig) -> dict[str, Any]:
+    vision = write_fields(c.vision, VISION) | {"model_type": "clip_vision_model", "projection_dim": c.embed_dim}
+    text = write_fields(c.text, TEXT) | {
+        "eos_token_id": c.eot_id, "bos_token_id": c.eot_id - 1, "pad_token_id": c.eot_id,
+        "model_type": "clip_text_model", "projection_dim": c.embed_dim,
+    }  # fmt: skip
+    return {
+        "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": c.embed_dim, "text_config": text,
+        "vision_config": vision,
+    }  # fmt: skip
+
+
+def rules_hf(config: CLIPConfig) -> list[Rule]:
+    return [
+        rule("logit_scale", "logit_scale"),
+        rule("visual_projection.weight", "image_projection.weight"),
+        rule("text_projection.weight", "text_projection.weight"),
+        rule("vision_model.embeddings.class_embedding", "vision.class_token"),
+        rule("vision_model.embeddings.patch_embedding.weight", "vision.patch_embed.weight"),
+        rule("vision_model.embeddings.position_embedding.weight", "vision.position"),
+        rule("vision_model.pre_layrnorm.{p}", "vision.pre_norm.{p}"),
+        rule("vision_model.post_layernorm.{p}", "vision.norm.{p}"),
+        *clip_blocks("vision_model.encoder", "vision.blocks"),
+        rule("text_model.embeddings.token_embedding.weight", "text.embed_tokens.weight"),
+        rule("text_model.embeddings.position_embedding.weight", "text.position"),
+        rule("text_model.final_layer_norm.{p}", "text.norm.{p}"),
+        *clip_blocks("text_model.encoder", "text.blocks"),
+        drop("{tower}.embeddings.position_ids", "0, 1, 2, ...: a buffer of older transformers"),
+    ]
+
+
+OPEN_VISION: FieldTable = (
+    ("image_size", "image_size", 224), ("patch_size", "patch_size", 16), ("width", "dim", 768), ("layers", "num_layers", 12),
+)  # fmt: skip
+OPEN_TEXT: FieldTable = (
+    ("context_length", "context", 77), ("vocab_size", "vocab_size", 49408), ("width", "dim", 512),
+    ("heads", "num_heads", 8), ("layers", "num_layers", 12),
+)  # fmt: skip
+
+
+def read_open_clip(raw: Mapping[str, Any]) -> tuple[CLIPConfig, dict[str, str]]:
+    f = Fields(raw, "open_clip_config.json")
+    f.ignore("read with the image processor", "preprocess_cfg")
+    m = f.child("model_cfg")
+    v, t = m.child("vision_cfg"), m.child("text_cfg")
+    activation: ActivationName = "quick_gelu" if m.take("quick_gelu", bool, False) else "gelu"
+    t.ignore("the end of text is the largest id", "tokenizer_kwargs", "hf_tokenizer_name")
+    vision, text = read_fields(v, OPEN_VISION), read_fields(t, OPEN_TEXT)
+    head_width, embed_dim = v.take("head_width", int, 64), m.take("embed_dim", int)
+    hidden = [round(d["dim"] * part.take("mlp_ratio", float, 4.0)) for d, part in ((vision, v), (text, t))]
+    report = f.done()
+    return CLIPConfig(
+        vision=ViTConfig(
+            **vision, hidden_dim=hidden[0], num_heads=vision["dim"] // head_width, activation=activation, norm_eps=1e-5,
+            patch_bias=False, pre_norm=True,
+        ),
+        text=TextConfig(**text, hidden_dim=hidden[1], activation=activation),
+        embed_dim=embed_dim, eot_id=text["vocab_size"] - 1,
+    ), report  # fmt: skip
+
+
+def write_open_clip(c: CLIPConfig) -> dict[str, Any]:
+    vision = write_fields(c.vision, OPEN_VISION) | {
+        "head_width": c.vision.dim // c.vision.num_heads, "mlp_ratio": c.vision.hidden_dim / c.vision.dim,
+    }  # fmt: skip
+    text = write_fields(c.text, OPEN_TEXT) | {"mlp_ratio": c.text.hidden_dim / c.text.dim}
+    quick = {"quick_gelu": True} if c.vision.activation == "quick_gelu" else {}
+    return {"model_cfg": {"embed_dim": c.embed_dim, "vision_cfg": vision, "text_cfg": text} | quick}
+
+
+def rules_open_clip(config: CLIPConfig) -> list[Rule]:
+    def blocks(theirs: str, ours: str) -> list[Rule]:
+        t, o = f"{theirs}.resblocks.{{i}}", f"{ours}.{{i}}"
+        qkv = [f"{o}.attn.{n}_proj" for n in "qkv"]
+        return [
+            rule(f"{t}.attn.in_proj_weight", [f"{n}.weight" for n in qkv], Split(3)),
+            rule(f"{t}.attn.in_proj_bias", [f"{n}.bias" for n in qkv], Split(3)),
+            rule(f"{t}.attn.out_proj.{{p}}", f"{o}.attn.o_proj.{{p}}"),
+            rule(f"{t}.ln_1.{{p}}", f"{o}.attn_norm.{{p}}"),
+            rule(f"{t}.ln_2.{{p}}", f"{o}.mlp_norm.{{p}}"),
+            rule(f"{t}.mlp.c_fc.{{p}}", f"{o}.mlp.up_proj.{{p}}"),
+            rule(f"{t}.mlp.c_proj.{{p}}", f"{o}.mlp.down_proj.{{p}}"),
+        ]
+
+    return [
+        rule("logit_scale", "logit_scale"),
+        rule("visual.proj", "image_projection.weight", Transpose()),
+        rule("text_projection", "text_projection.weight", Transpose()),
+        rule("visual.class_embedding", "vision.class_token"),
+        rule("visual.positional_embedding", "vision.position"),
+        rule("visual.conv1.weight", "vision.patch_embed.weight"),
+        rule("visual.ln_pre.{p}", "vision.pre_norm.{p}"),
+        rule("visual.ln_post.{p}", "vision.norm.{p}"),
+        *blocks("visual.transformer", "vision.blocks"),
+        rule("token_embedding.weight", "text.embed_tokens.weight"),
+        rule("positional_embedding", "text.position"),
+        rule("ln_final.{p}", "text.norm.{p}"),
+        *blocks("transformer", "text.blocks"),
+    ]
+
+
+CLIP.formats = {
+    "hf": Format(read=read_hf, write=write_hf, rules=rules_hf),
+    "open_clip": Format(
+        read=read_open_clip, write=write_open_clip, rules=rules_open_clip, config_file="open_clip_config.json",
+        weights_file="open_clip_model.safetensors",
+    ),  # fmt: skip
+}

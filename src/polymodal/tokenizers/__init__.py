@@ -1,0 +1,1 @@
+"""Text and signals to codes and back."""

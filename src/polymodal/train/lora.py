@@ -1,0 +1,248 @@
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) as a transform over a built model, in PEFT's file format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from polymodal.core.errors import ConfigError, WeightsError
+from polymodal.core.files import atomic_path, read_json, write_json
+
+Model = TypeVar("Model", bound=nn.Module)
+PREFIX = "base_model.model."
+READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules"}
+# Fields of an adapter_config.json that do not change the numbers of a plain LoRA. Any other must be empty.
+IGNORED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",  # speaks of modules_to_save only
+    "eva_config",
+    "inference_mode",
+    "init_lora_weights",  # how A and B began; inits that change the base are refused below
+    "lora_ga_config",
+    "loftq_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",  # of use_qalora
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+
+
+class LoraLinear(nn.Linear):
+    """A frozen linear layer plus a low-rank one: ``W x + b + alpha / rank * B A dropout(x)``.
+
+    It keeps the names ``weight`` and ``bias``, so that nothing else about the model changes. The adapter of a half
+    precision layer is fp32, as in PEFT.
+    """
+
+    def __init__(self, base: nn.Linear, *, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight = base.weight
+        self.bias = base.bias
+        self.rank = rank
+        self.alpha = alpha
+        half = base.weight.dtype in (torch.bfloat16, torch.float16)
+        kind: dict[str, Any] = {
+            "device": base.weight.device,
+            "dtype": torch.float32 if half else base.weight.dtype,
+        }
+        self.lora_dropout = nn.Dropout(dropout)
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **kind)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **kind)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def forward(self, x: Float[Tensor, "... in_features"]) -> Float[Tensor, "... out_features"]:
+        y = F.linear(x, self.weight, self.bias)
+        low = self.lora_B(self.lora_A(self.lora_dropout(x.to(self.lora_A.weight.dtype))))
+        return y + (low * self.scale).to(y.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The plain layer that computes the same: rounded once, to the dtype of the base."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        delta = self.scale * (self.lora_B.weight @ self.lora_A.weight)
+        # A new tensor: a weight that is tied to another layer must not change there.
+        plain.weight = nn.Parameter((self.weight.to(delta.dtype) + delta).to(self.weight.dtype), requires_grad=False)
+        plain.bias = self.bias
+        return plain.train(self.training)
+
+
+def add_lora(
+    model: Model,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+) -> Model:
+    """Freezes ``model`` and puts a trainable low-rank adapter beside each targeted linear layer, in place.
+
+    Args:
+        targets: names of layers, or ends of names: "q_proj", "vision.blocks.3.q_proj".
+
+    Raises:
+        ConfigError: a target is no linear layer, a number is out of range, or the model has adapters already.
+    """
+    if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
+        raise ConfigError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, not {rank}, {alpha} and {dropout}")
+    if _adapters(model):
+        raise ConfigError("the model has LoRA adapters already: merge_lora(model) first")
+    chosen: dict[str, nn.Linear] = {}
+    layers = _linears(model)
+    for target in targets:
+        matched = {name: layer for name, layer in layers.items() if _is_target(name, target)}
+        if not matched:
+            ends = sorted({name.rpartition(".")[2] for name in layers})
+            raise ConfigError(f"no linear layer is called {target!r}; these would match: {', '.join(ends)}")
+        chosen |= matched
+    model.requires_grad_(False)
+    for name, layer in chosen.items():
+        adapter = LoraLinear(layer, rank=rank, alpha=alpha, dropout=dropout)
+        model.set_submodule(name, adapter.train(layer.training))
+    return model
+
+
+def merge_lora(model: Model) -> Model:
+    """Adds each adapter to its layer and removes it, in place. The merged weights stay frozen."""
+    for name, adapter in _adapters(model).items():
+        model.set_submodule(name, adapter.merged())
+    return model
+
+
+def save_peft(model: nn.Module, folder: str | Path) -> None:
+    """Writes the adapters as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        ConfigError: the model has no adapters.
+    """
+    adapters = _adapters(model)
+    if not adapters:
+        raise ConfigError("the model has no LoRA adapters to save: add_lora(model) makes them")
+    first = next(iter(adapters.values()))
+    ends = sorted({name.rpartition(".")[2] for name in adapters})
+    others = [name for name in _linears(model) if any(_is_target(name, end) for end in ends)]
+    folder = Path(folder)
+    tensors = {
+        f"{PREFIX}{name}.{part}.weight": getattr(adapter, part).weight.detach().cpu().contiguous()
+        for name, adapter in adapters.items()
+        for part in ("lora_A", "lora_B")
+    }
+    with atomic_path(folder / "adapter_model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": None,
+            "base_model_name_or_path": None,
+            "r": first.rank,
+            "lora_alpha": first.alpha,
+            "lora_dropout": first.lora_dropout.p,
+            "target_modules": sorted(adapters) if others else ends,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "use_rslora": False,
+            "use_dora": False,
+            "modules_to_save": None,
+            "inference_mode": True,
+        },
+    )
+
+
+def load_peft(model: Model, folder: str | Path) -> Model:
+    """Adds the adapters of a PEFT folder to ``model``, in place and completely.
+
+    Raises:
+        ConfigError: the adapter is no plain LoRA (DoRA, rsLoRA, ranks that differ by layer, trained biases ...).
+        WeightsError: tensors are missing, left over or of another shape; the model was not changed.
+    """
+    if _adapters(model):
+        raise ConfigError("the model has LoRA adapters already: merge_lora(model) first")
+    config = _plain_config(Path(folder) / "adapter_config.json")
+    path = Path(folder) / "adapter_model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(str(path), [f"it cannot be read: {error}"]) from None
+    targets, rank = config["target_modules"], config["r"]
+    layers = _linears(model)
+    if isinstance(targets, str):  # a regular expression: PEFT has written a pair for each layer that it matched
+        held = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
+        names = [name for name in layers if name in held]
+    else:
+        names = [name for name in layers if any(_is_target(name, target) for target in targets)]
+    expected = {}
+    for name in names:
+        expected[f"{PREFIX}{name}.lora_A.weight"] = (rank, layers[name].in_features)
+        expected[f"{PREFIX}{name}.lora_B.weight"] = (layers[name].out_features, rank)
+    problems = [f"{key} is missing" for key in expected if key not in tensors]
+    problems += [f"{key} fits no layer that target_modules names" for key in tensors if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(tensors[key].shape)}, the model needs {shape}"
+        for key, shape in expected.items()
+        if key in tensors and tuple(tensors[key].shape) != shape
+    ]
+    if problems or not names:
+        raise WeightsError(str(path), problems or [f"no linear layer of the model matches {targets}"])
+    add_lora(model, names, rank=rank, alpha=float(config["lora_alpha"]), dropout=float(config["lora_dropout"]))
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            model.get_parameter(key.removeprefix(PREFIX)).copy_(tensor)
+    return model
+
+
+def _plain_config(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} should hold an object, not a {type(config).__name__}")
+    asks = {
+        key: value
+        for key, value in config.items()
+        if key not in READ | IGNORED and value not in (None, False, "none", {}, [])
+    }
+    if config.get("peft_type") != "LORA":
+        asks["peft_type"] = config.get("peft_type")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        asks["init_lora_weights"] = config["init_lora_weights"]  # these inits change the base
+    if asks:
+        raise ConfigError(f"{path} is no plain LoRA adapter, it asks for {asks}")
+    kinds: dict[str, Any] = {
+        "r": int,
+        "lora_alpha": int | float,
+        "lora_dropout": int | float,
+        "target_modules": list | str,
+    }
+    wrong = [f"{key} is {config.get(key)!r}" for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
+    if wrong:
+        raise ConfigError(f"{path} is malformed: {'; '.join(wrong)}")
+    return config
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    # Only the plain class: torch's own attention reads the weight of its subclass and would pass an adapter by.
+    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear and name}
+
+
+def _adapters(model: nn.Module) -> dict[str, LoraLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def _is_target(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

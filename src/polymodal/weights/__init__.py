@@ -1,0 +1,1 @@
+"""Checkpoints: rules as data, total loading, streaming files, the Hub."""

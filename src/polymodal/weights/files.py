@@ -1,0 +1,145 @@
+"""Safetensors folders: read header first, tensor by tensor; written shard by shard."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from polymodal.core.errors import WeightsError
+from polymodal.core.files import atomic_path, read_json, write_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Checkpoint:
+    """The safetensors files of a folder, open for reading; a context manager.
+
+    Raises:
+        WeightsError: no safetensors file, a file is truncated or not one, the index and the files disagree, or a name
+            in the index leaves the folder.
+    """
+
+    def __init__(self, folder: Path, single: str = SINGLE) -> None:
+        self.folder = folder
+        self._stack = ExitStack()
+        self._where: dict[str, Any] = {}
+        problems: list[str] = []
+        files = self._files(single, problems)
+        for path, expected in files.items():
+            try:
+                shard = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            except (SafetensorError, OSError, struct.error) as error:
+                problems.append(f"{path.name} is not a whole safetensors file ({error})")
+                continue
+            names = set(shard.keys())
+            if expected is not None:
+                problems += [f"{path.name} lacks {n}, which the index puts there" for n in sorted(expected - names)]
+                problems += [f"{path.name} holds {n}, which the index does not list" for n in sorted(names - expected)]
+            for name in sorted(names):
+                if name in self._where:
+                    problems.append(f"{name} is in two files")
+                self._where[name] = shard
+        if problems:
+            self.close()
+            raise WeightsError(str(folder), problems)
+
+    def _files(self, single: str, problems: list[str]) -> dict[Path, set[str] | None]:
+        if (self.folder / INDEX).is_file():
+            weight_map: Mapping[str, str] = read_json(self.folder / INDEX).get("weight_map", {})
+            files: dict[Path, set[str] | None] = {}
+            for name, file in weight_map.items():
+                if Path(file).name != file or not file.endswith(".safetensors"):
+                    problems.append(f"the index puts {name} in {file!r}, which is not a safetensors file of this folder")
+                    continue
+                expected = files.setdefault(self.folder / file, set())
+                assert expected is not None
+                expected.add(name)
+            return files
+        if (self.folder / single).is_file():
+            return {self.folder / single: None}
+        pickles = sorted(p.name for p in self.folder.glob("*.bin")) + sorted(p.name for p in self.folder.glob("*.pt*"))
+        hint = f" ({pickles[0]} is a pickle, which can run code: convert it to safetensors where you trust it)" if pickles else ""
+        problems.append(f"no {single} and no {INDEX} in this folder{hint}")
+        return {}
+
+    def meta(self) -> dict[str, Tensor]:
+        """Names, shapes and dtypes as meta tensors, read from the headers alone."""
+        out = {}
+        for name, shard in self._where.items():
+            view = shard.get_slice(name)
+            dtype = _DTYPES.get(view.get_dtype())
+            if dtype is None:
+                raise WeightsError(str(self.folder), [f"{name} has dtype {view.get_dtype()}, which is not understood"])
+            out[name] = torch.empty(view.get_shape(), dtype=dtype, device="meta")
+        return out
+
+    def read(self, name: str) -> Tensor:
+        return self._where[name].get_tensor(name)
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = 5 << 30) -> list[str]:
+    """Writes named tensors as one file, or as numbered shards with an index when they exceed ``shard_bytes``.
+
+    At most one shard is held beside what the iterator yields. Returns the file names.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[tuple[Path, list[str]]] = []
+    total = 0
+    for number, shard in enumerate(_fill(tensors, shard_bytes)):
+        path = folder / f".shard-{number}.safetensors"
+        with atomic_path(path) as temporary:
+            save_file(shard, temporary, metadata={"format": "pt"})
+        shards.append((path, list(shard)))
+        total += sum(t.numel() * t.element_size() for t in shard.values())
+    if len(shards) == 1:
+        shards[0][0].replace(folder / SINGLE)
+        (folder / INDEX).unlink(missing_ok=True)  # of an earlier, sharded save
+        return [SINGLE]
+    weight_map, files = {}, []
+    for number, (path, names) in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        path.replace(folder / file)
+        files.append(file)
+        weight_map |= dict.fromkeys(names, file)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    (folder / SINGLE).unlink(missing_ok=True)
+    return files
+
+
+def _fill(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if shard and size + nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.contiguous()
+        size += nbytes
+    if shard:
+        yield shard

@@ -1,0 +1,59 @@
+"""Name layouts that several Hub formats share."""
+
+from __future__ import annotations
+
+from polymodal.weights.rules import Rule, Split, Squeeze, rule
+
+
+def clip_blocks(theirs: str, ours: str) -> list[Rule]:
+    """The Transformer layers of CLIP and SigLIP as transformers names them: ``{theirs}.layers.{i}`` to ``{ours}.{i}``."""
+    t, o = f"{theirs}.layers.{{i}}", f"{ours}.{{i}}"
+    return [
+        *(rule(f"{t}.self_attn.{n}_proj.{{p}}", f"{o}.attn.{n}_proj.{{p}}") for n in "qkv"),
+        rule(f"{t}.self_attn.out_proj.{{p}}", f"{o}.attn.o_proj.{{p}}"),
+        rule(f"{t}.layer_norm1.{{p}}", f"{o}.attn_norm.{{p}}"),
+        rule(f"{t}.layer_norm2.{{p}}", f"{o}.mlp_norm.{{p}}"),
+        rule(f"{t}.mlp.fc1.{{p}}", f"{o}.mlp.up_proj.{{p}}"),
+        rule(f"{t}.mlp.fc2.{{p}}", f"{o}.mlp.down_proj.{{p}}"),
+    ]
+
+
+def vit_blocks(theirs: str, ours: str) -> list[Rule]:
+    """The layers of ViT and MAE as transformers names them (BERT's names): ``{theirs}.layer.{i}`` to ``{ours}.{i}``."""
+    t, o = f"{theirs}.layer.{{i}}", f"{ours}.{{i}}"
+    return [
+        *(
+            rule(f"{t}.attention.attention.{n}.{{p}}", f"{o}.attn.{n[0]}_proj.{{p}}")
+            for n in ("query", "key", "value")
+        ),
+        rule(f"{t}.attention.output.dense.{{p}}", f"{o}.attn.o_proj.{{p}}"),
+        rule(f"{t}.layernorm_before.{{p}}", f"{o}.attn_norm.{{p}}"),
+        rule(f"{t}.layernorm_after.{{p}}", f"{o}.mlp_norm.{{p}}"),
+        rule(f"{t}.intermediate.dense.{{p}}", f"{o}.mlp.up_proj.{{p}}"),
+        rule(f"{t}.output.dense.{{p}}", f"{o}.mlp.down_proj.{{p}}"),
+    ]
+
+
+def siglip_rules() -> list[Rule]:
+    """All of SigLIP and SigLIP 2 but the patch embedding, as transformers names it."""
+    qkv = [f"pool.attn.{n}_proj" for n in "qkv"]
+    head = "vision_model.head"
+    return [
+        rule("logit_scale", "logit_scale"),
+        rule("logit_bias", "logit_bias"),
+        rule("vision_model.embeddings.position_embedding.weight", "vision.position"),
+        rule("vision_model.post_layernorm.{p}", "vision.norm.{p}"),
+        *clip_blocks("vision_model.encoder", "vision.blocks"),
+        rule(f"{head}.probe", "pool.probe", Squeeze((0, 1))),
+        rule(f"{head}.attention.in_proj_weight", [f"{n}.weight" for n in qkv], Split(3)),
+        rule(f"{head}.attention.in_proj_bias", [f"{n}.bias" for n in qkv], Split(3)),
+        rule(f"{head}.attention.out_proj.{{p}}", "pool.attn.o_proj.{p}"),
+        rule(f"{head}.layernorm.{{p}}", "pool.norm.{p}"),
+        rule(f"{head}.mlp.fc1.{{p}}", "pool.mlp.up_proj.{p}"),
+        rule(f"{head}.mlp.fc2.{{p}}", "pool.mlp.down_proj.{p}"),
+        rule("text_model.embeddings.token_embedding.weight", "text.embed_tokens.weight"),
+        rule("text_model.embeddings.position_embedding.weight", "text.position"),
+        rule("text_model.final_layer_norm.{p}", "text.norm.{p}"),
+        *clip_blocks("text_model.encoder", "text.blocks"),
+        rule("text_model.head.{p}", "text_projection.{p}"),
+    ]

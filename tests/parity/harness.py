@@ -1,0 +1,89 @@
+"""Running a public implementation and ours on the same weights and inputs."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from polymodal.core.batch import Batch
+from polymodal.systems.base import System
+
+
+def randomise(model: nn.Module, std: float = 0.05, seed: int = 0) -> None:
+    """Adds noise to every parameter, so that a wrong wiring of one that init leaves at zero or one shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def save_reference(model: Any, folder: Path, scale: float = 0.05) -> Any:
+    """A reference model with random parameters, in fp32, saved in its own format."""
+    model = model.eval().float()
+    randomise(model, scale)
+    model.save_pretrained(folder)
+    return model
+
+
+def file_gradients(model: Any, folder: Path) -> dict[str, Tensor]:
+    """The reference's gradients under the names of its FILE, which may differ from those in memory."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for mine, other in zip(twin.parameters(), model.parameters(), strict=True):
+            mine.copy_(torch.zeros_like(other) if other.grad is None else other.grad)
+    twin.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def reference_call(system: System, model: Any, batch: Batch, **more: Any) -> Any:
+    """Calls a reference model on our batch through the system's `reference` declaration."""
+    assert system.reference is not None
+    inputs = {theirs: batch[ours] for ours, theirs in system.reference.inputs.items() if ours in batch}
+    return model(**inputs, **(system.reference.extra or {}), **more)
+
+
+def random_batch(system: System, size: int, seed: int = 1) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return Batch({name: spec.random(size, generator) for name, spec in system.inputs_spec().items()})
+
+
+def assert_parity(system: System, model: Any, batch: Batch, folder: Path, *, tolerance: float = 1e-5, **more: Any) -> None:
+    """Outputs, loss and first gradients agree in fp32, relative to the largest value of each tensor (or to one)."""
+    assert system.reference is not None
+    system.train(False)
+    result = reference_call(system, model, batch, **more)
+    expected = getattr(result, system.reference.output)
+    _close("output", system(batch), expected, tolerance)
+    if not system.reference.loss:
+        return
+    loss = system.loss(batch).mean
+    _close("loss", loss, result.loss, tolerance)
+    result.loss.backward()
+    loss.backward()
+    theirs = file_gradients(model, folder)
+    named = dict(system.state_dict(keep_vars=True))
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
+    ours = system.to_hub({n: g.detach() for n, g in grads.items()})
+    missing = {n for n in theirs if n not in ours}
+    assert not any(theirs[n].abs().max() > 0 for n in missing), f"gradients of {missing} have no counterpart"
+    assert any(g.abs().max() > 0 for g in ours.values()), "no gradient at all"
+    for name, gradient in ours.items():
+        _close(f"gradient of {name}", gradient, theirs[name], tolerance)
+
+
+def _close(what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} against {tuple(theirs.shape)}"
+    scale = max(1.0, float(theirs.detach().abs().max()))
+    error = float((ours - theirs).detach().abs().max()) / scale
+    assert error <= tolerance, f"{what} differs by {error:.2e} (relative to {scale:.3g})"
+
+
+def transformers_class(name: str) -> Any:
+    return getattr(importlib.import_module("transformers"), name)
