@@ -59,13 +59,10 @@ def page(table: Iterable[Entry], proofs: Proofs, results: dict[str, dict]) -> st
     """The Markdown of docs/systems.md."""
     rows = []
     for entry in table:
-        groups: defaultdict[str, list[str]] = defaultdict(list)
-        for claim, status in proofs.get(entry.name, {}).items():
-            group, _, what = claim.partition(": ")
-            groups[group].append(f"{what or group} {TICK[status]}")
-        proven = "<br>".join(f"{group}: {', '.join(claims)}" for group, claims in groups.items()) or "nothing yet"
+        claims = [f"{TICK[status]} {claim}" for claim, status in proofs.get(entry.name, {}).items()] or ["nothing yet"]
         tests = sum(any(system == entry.name for system, _ in test["proves"]) for test in results.values())
-        rows.append(f"| `{entry.name}` | [{entry.paper}]({entry.url}) | {entry.year} | {proven} | {tests} |\n")
+        cells = [f"`{entry.name}`", f"[{entry.paper}]({entry.url})", str(entry.year), "<br>".join(claims), str(tests)]
+        rows.append(f"| {' | '.join(cells)} |\n")
     return HEAD + "".join(rows)
 
 

@@ -16,7 +16,7 @@ from polymodal.systems.clip import CLIP, CLIPConfig
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
 from recipes.nano.pictures import CONTEXT, SIZE, Captions, Questions, tokenizer
 
-STEPS = 4000
+STEPS = 3000
 
 
 def config(vocab_size: int) -> CLIPConfig:
@@ -49,7 +49,7 @@ def evaluate(clip: nn.Module) -> dict[str, float]:
     return Questions(clip).ask()
 
 
-def run(steps: int = STEPS, batch_size: int = 512) -> Run:
+def run(steps: int = STEPS, batch_size: int = 256) -> Run:
     return Run(
         name="nano-clip",
         header=Header(
@@ -65,7 +65,7 @@ def run(steps: int = STEPS, batch_size: int = 512) -> Run:
             )
         ],
         evaluate=evaluate,
-        evaluate_every=max(steps // 8, 1),
+        evaluate_every=max(steps // 2, 1),
         # Set before the first run from sketches a fortieth as long (another model, the same kinds of question).
         expect={
             "concepts/r10": Bar(value=0.35, chance=0.10),

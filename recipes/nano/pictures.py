@@ -15,15 +15,15 @@ from polymodal.core.batch import Batch
 from polymodal.core.sample import Sample
 from polymodal.data.worlds import pictograms, shapes
 from polymodal.data.worlds.pictograms import Pictograms
-from polymodal.evaluate.retrieval import rank_of_positives
+from polymodal.evaluate.retrieval import ranks
 from polymodal.modalities.image import ImageProcessor
 from polymodal.tokenizers.text import TextTokenizer
 
-SIZE = 64
+SIZE = 56
 CONTEXT = 32
 VOCAB = 5000
 # How often a picture of an artist is shown an epoch: emoji have the best names, in seven languages.
-REPEATS = {"noto": 3}
+REPEATS = {"noto": 4}
 SCENES = 6000  # new scenes of shapes an epoch
 
 
@@ -94,8 +94,8 @@ class Questions:
         records = [world().records[i] for i in rows]
         names = sorted({r.names[language][0].lower() for r in records if language in r.names})
         positive = torch.tensor([[language in r.names and r.names[language][0].lower() == n for r in records] for n in names])
-        ranks = rank_of_positives(self._texts(names) @ self._pictures(rows).T, positive)
-        return {"r1": float((ranks < 1).float().mean()), "r10": float((ranks < 10).float().mean())}
+        rank = ranks(self._texts(names) @ self._pictures(rows).T, positive)
+        return {"r1": float((rank < 1).float().mean()), "r10": float((rank < 10).float().mean())}
 
     def ask(self) -> dict[str, float]:
         records = world().records

@@ -90,5 +90,7 @@ def test_the_page_names_every_system_and_ticks_what_passed() -> None:
     ]
     results = {"1": result("parity: outputs", "passed"), "2": result("parity: loss", "failed")}
     text = page(table, merge(results, {}), results)
-    assert "| `clip` | [CLIP paper](https://example.org/clip) | 2021 | parity: loss ✗, outputs ✓ | 2 |" in text
+    assert (
+        "| `clip` | [CLIP paper](https://example.org/clip) | 2021 | ✗ parity: loss<br>✓ parity: outputs | 2 |" in text
+    )
     assert "| `vit` | [ViT paper](https://example.org/vit) | 2020 | nothing yet | 0 |" in text

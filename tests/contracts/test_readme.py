@@ -57,7 +57,8 @@ def run(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs a block as a reader would, with the commands of this environment first on the path."""
     command = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    # A home of its own, so that the examples touch nobody's index.
+    environment = {**os.environ, "PATH": path, "HOME": str(folder), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     return subprocess.run(
         [*command, block.code],
         cwd=folder,

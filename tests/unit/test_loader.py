@@ -34,7 +34,7 @@ def test_the_ranks_share_the_global_batch(shape: tuple[int, int, int, int], worl
     length, batch = length * world, batch * world
     shares = [order(length, seed, step, batch, rank, world) for rank in range(world)]
     assert {len(share) for share in shares} == {batch // world}
-    assert sum(shares, []) == order(length, seed, step, batch)
+    assert [i for share in shares for i in share] == order(length, seed, step, batch)
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -37,7 +37,7 @@ def test_scenes_and_captions_depend_on_the_generator_only() -> None:
 def test_held_out_pairs_never_occur_in_training_and_always_in_the_held_out_scenes() -> None:
     generator = rng()
     seen = set()
-    for _ in range(1500):
+    for _ in range(1000):
         pairs = {(t.colour, t.shape) for t in shapes.scene(generator).things}
         assert not pairs & shapes.HELD_OUT
         seen |= pairs
@@ -409,7 +409,8 @@ def test_captions_are_known_words_in_training_languages(world: Pictograms) -> No
     assert {"red apple", "roter apfel"} <= set(texts)
     assert any(text.endswith("colour emoji") for text in texts)
     toned = [r for r in world.records if r.tone == 5][:50]
-    assert all("dark" in caption(r, generator) or "dunkle" in caption(r, generator) for r in toned)
+    untold = [t for t in (caption(r, generator) for r in toned) if "dark" not in t and "dunkle" not in t]
+    assert not untold
 
 
 # ------------------------------------------------------------------------------------------------------------- views

@@ -30,7 +30,9 @@ class Toy(nn.Module):
     def loss(self, batch: Batch) -> Loss:
         predicted = self.b(self.dropout(torch.relu(self.a(batch["x"])))).squeeze(1) * self.scale.exp()
         error = (predicted - batch["y"]) * batch["keep"]
-        return Loss((error**2).sum(), float(batch["keep"].sum()), {"mae": error.detach().abs().mean()})
+        return Loss(
+            (error**2).sum(), float(batch["keep"].sum()), {"mae": error.detach().abs().sum() / batch["keep"].sum()}
+        )
 
     def after_step(self, step: int, total_steps: int) -> None:
         self.steps += 1

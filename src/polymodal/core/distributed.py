@@ -54,7 +54,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         # gloo has no reduce-scatter in every supported release; an all-reduce and a cut is equal in values.
         total = grad.contiguous().clone()
         dist.all_reduce(total)
@@ -68,7 +68,7 @@ class _Ring(torch.autograd.Function):
         return _exchange(x, shift)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _exchange(grad, -ctx.shift), None
 
 

@@ -22,10 +22,10 @@ from polymodal.nn.position import resize_grid
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """A Vision Transformer tower. Sizes in pixels; `drop_path` is the rate of the last block (linear from 0).
+    """A Vision Transformer tower. Sizes in pixels; ``drop_path`` is the rate of every block.
 
-    A released model may have an ``image_size`` that is no multiple of its ``patch_size`` (SigLIP so400m: 384 at 14): at its
-    native size the last few rows and columns of pixels are then not read, as it was trained.
+    A released model may have an ``image_size`` that is no multiple of its ``patch_size`` (SigLIP so400m: 384 at 14): at
+    its native size the last few rows and columns of pixels are then not read, as it was trained.
     """
 
     image_size: int
@@ -39,6 +39,7 @@ class ViTConfig:
     norm_eps: float = 1e-6
     class_token: bool = True
     class_position: bool = True  # whether the class token has a row in the position table
+    mask_token: bool = False  # a vector that stands in for patches hidden from the tower (iBOT, DINOv2)
     patch_bias: bool = True
     pre_norm: bool = False  # CLIP's layer norm before the first block
     qkv_bias: bool = True
@@ -75,6 +76,7 @@ class ViT(nn.Module):
         c = self.config = config
         self.patch_embed = nn.Conv2d(c.num_channels, c.dim, c.patch_size, c.patch_size, bias=c.patch_bias)
         self.class_token = nn.Parameter(torch.empty(c.dim)) if c.class_token else None
+        self.mask_token = nn.Parameter(torch.empty(c.dim)) if c.mask_token else None
         self.registers = nn.Parameter(torch.empty(c.num_registers, c.dim)) if c.num_registers else None
         self.position = nn.Parameter(torch.empty(c.grid**2 + int(c.class_token and c.class_position), c.dim))
         self.pre_norm = nn.LayerNorm(c.dim, eps=c.norm_eps) if c.pre_norm else nn.Identity()
@@ -87,19 +89,18 @@ class ViT(nn.Module):
                 norm_eps=c.norm_eps,
                 qkv_bias=c.qkv_bias,
                 layer_scale=c.layer_scale,
-                drop_path=c.drop_path * i / max(c.num_layers - 1, 1),
+                drop_path=c.drop_path,
             )
-            for i in range(c.num_layers)
+            for _ in range(c.num_layers)
         )
         self.norm = nn.LayerNorm(c.dim, eps=c.norm_eps)
 
     def embed_patches(
-        self, pixels: Float[Tensor, "batch channels height width"], mask_token: Tensor | None = None,
-        masked: Bool[Tensor, "batch patches"] | None = None,
+        self, pixels: Float[Tensor, "batch channels height width"], masked: Bool[Tensor, "batch patches"] | None = None
     ) -> Float[Tensor, "batch patches dim"]:
         """Patch vectors with positions added, without the tokens before them.
 
-        ``mask_token`` stands in for the patches where ``masked`` is True (before positions are added, as iBOT does).
+        The mask token stands in for the patches where ``masked`` is True (before positions are added, as iBOT does).
 
         Raises:
             MediaError: the picture is not a whole number of patches.
@@ -110,8 +111,9 @@ class ViT(nn.Module):
         if (height % size or width % size) and (height, width) != native:
             raise MediaError(f"a picture of {height} x {width} pixels is not a whole number of {size} x {size} patches")
         x = rearrange(self.patch_embed(pixels.to(self.patch_embed.weight.dtype)), "b d h w -> b (h w) d")
-        if masked is not None and mask_token is not None:
-            x = torch.where(masked.unsqueeze(-1), mask_token.to(x.dtype), x)
+        if masked is not None:
+            assert self.mask_token is not None, "this tower has no mask token"
+            x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         grid = self.position[int(self.config.class_token and self.config.class_position) :]
         return x + resize_grid(grid, height // size, width // size).to(x.dtype)
 
@@ -125,20 +127,24 @@ class ViT(nn.Module):
             parts.insert(0, first.to(patches.dtype).expand(patches.shape[0], 1, -1))
         return torch.cat(parts, 1) if len(parts) > 1 else patches
 
+    def encode_patches(
+        self, patches: Float[Tensor, "batch patches dim"], layers: int | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """All tokens from what `embed_patches` gave, or from a part of it; ``layers`` as in `forward`."""
+        x = self.pre_norm(self.add_prefix(patches))
+        for block in self.blocks[:layers]:
+            x = block(x)
+        return self.norm(x) if layers is None else x
+
     def forward(
         self,
         pixels: Float[Tensor, "batch channels height width"],
         *,
-        mask_token: Tensor | None = None,
         masked: Bool[Tensor, "batch patches"] | None = None,
         layers: int | None = None,
     ) -> Tokens:
         """All tokens after the last norm; with ``layers`` the output of that many blocks instead, without the norm."""
-        x = self.pre_norm(self.add_prefix(self.embed_patches(pixels, mask_token, masked)))
-        for block in self.blocks[:layers]:
-            x = block(x)
-        if layers is None:
-            x = self.norm(x)
+        x = self.encode_patches(self.embed_patches(pixels, masked), layers)
         height, width = (side // self.config.patch_size for side in pixels.shape[-2:])
         return Tokens.of(x, causal=False, modality=Modality.IMAGE, position=self._positions(x, height, width))
 
@@ -150,7 +156,9 @@ class ViT(nn.Module):
         x = self.pre_norm(self.add_prefix(self.embed_patches(pixels)))
         for block in self.blocks[:-1]:
             x = block(x)
-        return self.norm(self.blocks[-1].forward_rows(x, x[:, :1]))[:, 0]
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        return self.norm(last.forward_rows(x, x[:, :1]))[:, 0]
 
     def _positions(self, x: Tensor, height: int, width: int) -> Int[Tensor, "batch tokens 2"]:
         rows = torch.arange(height, device=x.device)[:, None].expand(height, width)

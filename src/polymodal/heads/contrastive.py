@@ -11,9 +11,7 @@ from polymodal.core.batch import Loss
 from polymodal.core.distributed import gather_with_grad, rank, ring_shift, world_size
 
 
-def clip_loss(
-    images: Float[Tensor, "batch dim"], texts: Float[Tensor, "batch dim"], scale: Float[Tensor, ""]
-) -> Loss:
+def clip_loss(images: Float[Tensor, "batch dim"], texts: Float[Tensor, "batch dim"], scale: Float[Tensor, ""]) -> Loss:
     """Symmetric cross-entropy over all pairs of the global batch; inputs have unit length, ``scale`` multiplies.
 
     Each rank scores its own rows against the columns of all ranks. That equals the loss of one big batch only because
@@ -52,6 +50,4 @@ def sigmoid_loss(
         other = ring_shift(other)
         total = total + F.softplus(scale * images @ other.T + bias).sum()
     right = (logits.detach().argmax(1) == torch.arange(local, device=logits.device)).float().mean()
-    return Loss(
-        total=total, weight=local, metrics={"accuracy": right, "scale": scale.detach(), "bias": bias.detach()}
-    )
+    return Loss(total=total, weight=local, metrics={"accuracy": right, "scale": scale.detach(), "bias": bias.detach()})

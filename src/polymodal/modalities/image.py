@@ -244,6 +244,7 @@ class ShortestEdge:
     size: int
 
     def target(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height that a picture is resized to."""
         longer = int(self.size * max(width, height) / min(width, height))
         return (self.size, longer) if width <= height else (longer, self.size)
 
@@ -256,6 +257,7 @@ class Exact:
     width: int
 
     def target(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height that a picture is resized to."""
         return self.width, self.height
 
 
@@ -357,7 +359,7 @@ class ImageProcessor:
     ) -> tuple[PILImage.Image, int, int]:
         """A line of 1 x 60,000 pixels would grow to gigabytes before its crop: only what the crop shows is resized.
 
-        Equal to resizing everything, but for the rounding of the window to Pillow's single precision.
+        Not bit for bit: Pillow rounds to 8 bits between its two passes and picks their order by the sizes.
         """
         if self.crop is None:
             raise MediaError(

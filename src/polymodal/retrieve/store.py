@@ -136,7 +136,8 @@ class Store:
     def tidy(self) -> None:
         """Trains or extends the vector index and puts fragments together, when there is enough to gain."""
         for table in self.tables.values():
-            if table.stats()["fragment_stats"]["num_small_fragments"] > FRAGMENTS:
+            stats: Any = table.stats()
+            if stats["fragment_stats"]["num_small_fragments"] > FRAGMENTS:
                 table.optimize(cleanup_older_than=KEEP_VERSIONS)
         indices = self.pictures.list_indices()
         if not indices:

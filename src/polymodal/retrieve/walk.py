@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -39,7 +40,8 @@ def walk(root: str, skip: str = "") -> Iterator[Found | Unreadable]:
     if skip and Path(skip).is_dir():
         own = os.stat(skip)
         seen.add((own.st_dev, own.st_ino))
-    folders, links = [root], []
+    folders: list[str] = [root]
+    links: list[str] = []
     while folders or links:
         folder = folders.pop() if folders else links.pop()
         try:
@@ -57,16 +59,17 @@ def walk(root: str, skip: str = "") -> Iterator[Found | Unreadable]:
         for entry in listed:
             if entry.name.startswith("."):
                 continue
+            picture = os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
             try:
                 if entry.is_dir():
                     (links if entry.is_symlink() else folders).append(entry.path)
-                elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                elif picture:
                     yield _look(entry)
-            except FileNotFoundError:
-                if entry.is_symlink():
-                    yield Unreadable(entry.path, "a link to nothing", gone=True)
             except OSError as error:
-                yield Unreadable(entry.path, f"cannot be looked at: {error.strerror}")
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    yield Unreadable(entry.path, f"cannot be looked at: {error.strerror}")
+                elif picture and entry.is_symlink():
+                    yield Unreadable(entry.path, "a link to nothing", gone=True)
 
 
 def _look(entry: os.DirEntry[str]) -> Found | Unreadable:

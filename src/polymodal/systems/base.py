@@ -197,7 +197,7 @@ class System(nn.Module):
                 digest.update(self.tokenizer.fingerprint.encode())
             for name, tensor in sorted(self.state_dict().items()):
                 digest.update(name.encode())
-                digest.update(tensor.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(tensor.detach().cpu().to(torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes())
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 

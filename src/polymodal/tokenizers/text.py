@@ -228,20 +228,27 @@ class TextTokenizer:
             DataError: there is no text to learn from.
         """
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-        vocab = {token: i for i, token in enumerate([*letters, *(f"{letter}</w>" for letter in letters)])}
+        endings = [letter + _END_OF_WORD for letter in letters]
+        vocab = {token: i for i, token in enumerate([*letters, *endings])}
         if vocab_size <= len(vocab) + 2:
             raise ConfigError(
                 f"vocab_size {vocab_size} leaves no merges: {len(vocab) + 2} are bytes and control tokens"
             )
         learner = _clip_pipeline(models.BPE(end_of_word_suffix=_END_OF_WORD, unk_token=_CLIP_END))
+        # Left to itself the trainer numbers the endings in the order of a randomly seeded hash map, ties between merges
+        # fall by these numbers, and no two trainings agree. As "special" tokens they have their numbers beforehand.
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, end_of_word_suffix=_END_OF_WORD, initial_alphabet=letters, show_progress=False
+            vocab_size=vocab_size,
+            end_of_word_suffix=_END_OF_WORD,
+            initial_alphabet=letters,
+            special_tokens=endings,
+            show_progress=False,
         )
         learner.train_from_iterator(map(_checked, texts), trainer)
         learnt = _merges(learner)
         if not learnt:
             raise DataError("train_bpe was given no text to learn from")
-        # The trainer leaves out bytes that end no word of these texts, so the vocabulary is built anew from its merges.
+        # The vocabulary anew, in CLIP's order: bytes, endings, merges, control tokens.
         merges = []
         for left, right in learnt:
             if left + right not in vocab and len(vocab) == vocab_size - 2:
@@ -444,6 +451,8 @@ def _control(backend: Tokenizer, config: Mapping[str, Any]) -> tuple[tuple[int, 
     if config.get("add_bos_token") is not None or config.get("add_eos_token") is not None:
         prefix = (_id(backend, config, "bos_token"),) if config.get("add_bos_token") else ()
         return prefix, (_id(backend, config, "eos_token"),) if config.get("add_eos_token") else ()
+    backend.no_truncation()  # a tokenizer.json saved after use holds the last call's limits
+    backend.no_padding()
     bare = len(backend.encode("a", add_special_tokens=False).ids)
     framed = backend.encode("a")
     start = next((i for i, special in enumerate(framed.special_tokens_mask) if not special), 0)

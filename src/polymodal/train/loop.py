@@ -251,8 +251,9 @@ class _Trainer:
                 with torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
                     loss = wrapped.loss(batch.rows(micro * rows, (micro + 1) * rows))
                 loss.total.backward()
-            values = {"loss": loss.total, "weight": loss.weight}
-            values |= {f"metrics/{name}": value * loss.weight for name, value in loss.metrics.items()}
+            values: dict[str, float | Tensor] = {"loss": loss.total, "weight": loss.weight}
+            for name, value in loss.metrics.items():  # means over what the loss is a sum of; of nothing, no number
+                values[f"metrics/{name}"] = value * loss.weight if loss.weight else 0.0
             for name, value in values.items():
                 value = torch.as_tensor(value, dtype=torch.float64, device=device).detach()
                 sums[name] = sums[name] + value if name in sums else value

@@ -85,7 +85,7 @@ def draw_curve(metrics: Path, picture: Path, title: str) -> None:
     records = read_curve(metrics)
     steps = [r["step"] for r in records]
     evaluated = [r for r in records if r.get("evaluation")]
-    figure = Figure(figsize=(9, 8 if evaluated else 5), layout="constrained")
+    figure = Figure(figsize=(9, 8 if evaluated else 5))  # a layout engine would double the time
     axes = figure.subplots(2 if evaluated else 1, 1, sharex=True, squeeze=False)[:, 0]
     losses = [r["loss"] for r in records]
     axes[0].plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)

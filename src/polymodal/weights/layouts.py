@@ -19,8 +19,8 @@ def clip_blocks(theirs: str, ours: str) -> list[Rule]:
 
 
 def vit_blocks(theirs: str, ours: str) -> list[Rule]:
-    """The layers of ViT and MAE as transformers names them (BERT's names): ``{theirs}.layer.{i}`` to ``{ours}.{i}``."""
-    t, o = f"{theirs}.layer.{{i}}", f"{ours}.{{i}}"
+    """The layers of ViT and MAE as transformers names them (BERT's names): ``{theirs}.{i}`` to ``{ours}.{i}``."""
+    t, o = f"{theirs}.{{i}}", f"{ours}.{{i}}"
     return [
         *(
             rule(f"{t}.attention.attention.{n}.{{p}}", f"{o}.attn.{n[0]}_proj.{{p}}")
@@ -56,4 +56,36 @@ def siglip_rules() -> list[Rule]:
         rule("text_model.final_layer_norm.{p}", "text.norm.{p}"),
         *clip_blocks("text_model.encoder", "text.blocks"),
         rule("text_model.head.{p}", "text_projection.{p}"),
+    ]
+
+
+def vit_embeddings(theirs: str, ours: str) -> list[Rule]:
+    """Patches, class token and positions of ViT, MAE and DINOv2: ``{theirs}embeddings`` to ``{ours}``."""
+    return [
+        rule(f"{theirs}embeddings.cls_token", f"{ours}.class_token", Squeeze((0, 1))),
+        rule(f"{theirs}embeddings.position_embeddings", f"{ours}.position", Squeeze((0,))),
+        rule(f"{theirs}embeddings.patch_embeddings.projection.{{p}}", f"{ours}.patch_embed.{{p}}"),
+    ]
+
+
+def dinov2_rules(ours: str, *, swiglu: bool) -> list[Rule]:
+    """All of DINOv2's backbone as transformers names it."""
+    t, o = "encoder.layer.{i}", f"{ours}.blocks.{{i}}"
+    mlp = [rule(f"{t}.mlp.fc{n}.{{p}}", f"{o}.mlp.{name}_proj.{{p}}") for n, name in ((1, "up"), (2, "down"))]
+    if swiglu:
+        mlp = [
+            rule(f"{t}.mlp.weights_in.{{p}}", [f"{o}.mlp.gate_proj.{{p}}", f"{o}.mlp.up_proj.{{p}}"], Split(2)),
+            rule(f"{t}.mlp.weights_out.{{p}}", f"{o}.mlp.down_proj.{{p}}"),
+        ]
+    return [
+        *vit_embeddings("", ours),
+        rule("embeddings.mask_token", f"{ours}.mask_token", Squeeze((0,))),
+        *(rule(f"{t}.attention.attention.{n}.{{p}}", f"{o}.attn.{n[0]}_proj.{{p}}") for n in ("query", "key", "value")),
+        rule(f"{t}.attention.output.dense.{{p}}", f"{o}.attn.o_proj.{{p}}"),
+        rule(f"{t}.norm1.{{p}}", f"{o}.attn_norm.{{p}}"),
+        rule(f"{t}.norm2.{{p}}", f"{o}.mlp_norm.{{p}}"),
+        rule(f"{t}.layer_scale1.lambda1", f"{o}.attn_scale.weight"),
+        rule(f"{t}.layer_scale2.lambda1", f"{o}.mlp_scale.weight"),
+        *mlp,
+        rule("layernorm.{p}", f"{ours}.norm.{{p}}"),
     ]

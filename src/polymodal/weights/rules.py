@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -152,6 +152,7 @@ class Rule:
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
     op: Op | Drop | Init = field(default_factory=Copy)
+    written: bool = True  # False for a second name of the same tensor, see `read_only`
 
 
 def rule(theirs: str | Sequence[str], ours: str | Sequence[str], op: Op | Drop | Init | None = None) -> Rule:
@@ -161,6 +162,11 @@ def rule(theirs: str | Sequence[str], ours: str | Sequence[str], op: Op | Drop |
         return (side,) if isinstance(side, str) else tuple(side)
 
     return Rule(pack(theirs), pack(ours), op or Copy())
+
+
+def read_only(rules: Iterable[Rule]) -> list[Rule]:
+    """The same rules for reading alone: names that some files have, and that are not written."""
+    return [replace(r, written=False) for r in rules]
 
 
 def drop(theirs: str, reason: str) -> Rule:
@@ -296,7 +302,7 @@ def unplan(rules: Sequence[Rule], ours: Iterable[str]) -> list[Step]:
     steps, done = [], set()
     names = list(ours)
     for r in rules:
-        if isinstance(r.op, Drop):
+        if isinstance(r.op, Drop) or not r.written:
             continue
         for binding in _bindings(r.ours, names):
             targets = tuple(p.format(**binding) for p in r.ours)

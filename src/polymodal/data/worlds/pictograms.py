@@ -530,13 +530,15 @@ def caption(record: Pictogram, rng: np.random.Generator) -> str:
         language = others[rng.integers(len(others))]
     names, keywords = record.names[language], record.keywords.get(language, ())
     name = names[0] if rng.random() < 0.8 else names[rng.integers(len(names))]
+    # The titles of clip art are in many languages, or jokes; its tags say more.
+    tagged = 0.5 if record.artist == CLIP_ART else 0.2
     form = rng.random()
-    if form < 0.2 and keywords:
+    if form < tagged and keywords:
         chosen = rng.permutation(len(keywords))[: rng.integers(1, 4)]
         text = ", ".join(keywords[i] for i in chosen)
         # Keywords alone do not tell the tones apart.
         return text.lower() if record.tone is None else f"{text}, {name}".lower()
-    if form < 0.5 and language == "en":
+    if form < tagged + 0.3 and language == "en":
         return _TEMPLATES[rng.integers(len(_TEMPLATES))].format(name=name, style=STYLES[record.artist]).lower()
     return name.lower()
 

@@ -1,0 +1,129 @@
+"""What holds for every system of the table, at nano size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image as PILImage
+
+import polymodal
+from polymodal.core.errors import WeightsError
+from polymodal.core.verbs import Embeds, HasInputs, Trains
+from polymodal.systems import TABLE
+from polymodal.systems.base import System
+from tests.nano import NANO, every_system, nano, nano_batch
+
+
+def pictures() -> list[PILImage.Image]:
+    """Pictures of several shapes and modes."""
+    noise = torch.randint(0, 256, (3, 20, 20, 3), dtype=torch.uint8).numpy()
+    first, second, third = (PILImage.fromarray(array) for array in noise)
+    return [first, second.resize((37, 11)), third.convert("L")]
+
+
+def test_every_system_has_a_nano_config() -> None:
+    assert set(NANO) == set(TABLE)
+
+
+@every_system("building: every weight is initialised, the same from the same seed")
+def test_every_weight_is_initialised(name: str) -> None:
+    torch.use_deterministic_algorithms(True)  # fills memory that was never written to with NaN
+    try:
+        model, twin, other = nano(name), nano(name), nano(name, seed=1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for key, tensor in model.state_dict().items():
+        assert bool(torch.isfinite(tensor).all()), f"{key} is not initialised"
+        assert torch.equal(tensor, twin.state_dict()[key]), key
+    assert any(not torch.equal(t, other.state_dict()[key]) for key, t in model.state_dict().items())
+    assert "random" in model.source
+
+
+@every_system("training: the loss falls")
+def test_loss_falls(name: str) -> None:
+    model = nano(name).train()
+    assert isinstance(model, HasInputs)
+    assert isinstance(model, Trains)
+    batch, steps, losses = nano_batch(model), 12, []
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for step in range(steps):
+        torch.manual_seed(0)  # the same masks at each step
+        loss = model.loss(batch)
+        assert loss.weight > 0
+        assert all(torch.isfinite(torch.as_tensor(value)).all() for value in loss.metrics.values())
+        losses.append(loss.mean.item())
+        optimizer.zero_grad()
+        loss.mean.backward()
+        optimizer.step()
+        model.after_step(step + 1, steps)
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
+@every_system("training: every weight that trains gets a gradient")
+def test_every_weight_that_trains_gets_a_gradient(name: str) -> None:
+    model = nano(name).train()
+    with torch.no_grad():
+        for parameter in model.parameters():  # zero gates and zero biases would hide a gradient, or its absence
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.loss(nano_batch(model)).mean.backward()
+    without = [key for key, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert without == []
+    assert [key for key, p in model.named_parameters() if not p.requires_grad and p.grad is not None] == []
+
+
+@every_system("training: the no-decay list names weights that exist")
+def test_no_decay_names_weights_that_exist(name: str) -> None:
+    model = nano(name)
+    assert set(model.no_decay()) <= {key for key, _ in model.named_parameters()}
+
+
+@every_system("embedding: unit vectors, the same in any batch")
+def test_vectors_are_of_unit_length_and_do_not_depend_on_the_batch(name: str) -> None:
+    model, items = nano(name).eval(), pictures()
+    assert isinstance(model, Embeds)
+    vectors = model.embed(items)
+    assert vectors.dtype == torch.float32
+    assert vectors.shape == (len(items), model.embedding_dim)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(items)))
+    alone = torch.cat([model.embed([item]) for item in reversed(items)]).flip(0)
+    torch.testing.assert_close(vectors, alone, atol=1e-5, rtol=0)
+    assert not torch.allclose(vectors[0], vectors[1], atol=1e-4), "different pictures have different vectors"
+
+
+@every_system("weights: what is saved loads as the same system")
+def test_save_and_load(name: str, tmp_path: Path) -> None:
+    model, items = nano(name).eval(), pictures()
+    loaded = polymodal.load(model.save(tmp_path / "model"))
+    assert type(loaded) is type(model)
+    torch.testing.assert_close(loaded.embed(items), model.embed(items), atol=0, rtol=0)
+    again = polymodal.load(loaded.save(tmp_path / "again"))
+    assert again.config == loaded.config
+    assert again.fingerprint == loaded.fingerprint
+    assert all(torch.equal(t, again.state_dict()[key]) for key, t in loaded.state_dict().items())
+
+
+def corrupt(model: System, folder: Path) -> Path:
+    """A checkpoint cut short in the middle of its tensors."""
+    (file,) = model.save(folder).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return folder
+
+
+@every_system("weights: a truncated file is refused")
+def test_a_truncated_file_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError):
+        polymodal.load(corrupt(nano(name), tmp_path / "model"))
+
+
+@every_system("building: presets have the sizes that they are named for")
+def test_presets_build_on_the_meta_device(name: str) -> None:
+    import importlib
+
+    presets = importlib.import_module(TABLE[name].module).PRESETS
+    assert presets
+    for preset in presets.values():
+        with torch.device("meta"):
+            model = TABLE[name].resolve()(preset())
+        assert sum(p.numel() for p in model.parameters()) > 10_000_000
