@@ -1,9 +1,9 @@
 """The shipped polymodal/nano-clip: CLIP of 3.9 million parameters on pictures that people drew for other purposes.
 
-    command   polymodal train recipes/nano/clip.py --out runs/nano-clip
-    machine   2 CPU cores with AVX512-BF16
-    time      about an hour
-    expected  see `expect` below; chance stands beside each bar
+command   polymodal train recipes/nano/clip.py --out runs/nano-clip
+machine   2 CPU cores with AVX512-BF16
+time      about an hour
+expected  see `expect` below; chance stands beside each bar
 """
 
 from __future__ import annotations
@@ -77,5 +77,3 @@ def run(steps: int = STEPS, batch_size: int = 256) -> Run:
             "language ca/r10": Bar(value=0.15, chance=0.01),
         },
     )  # fmt: skip
-
-

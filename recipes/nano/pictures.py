@@ -78,9 +78,8 @@ class Questions:
         self.model = model
 
     def _texts(self, texts: Sequence[str]) -> Tensor:
-        return torch.cat([
-            self.model.encode(self.model.prepare([Sample.of(t) for t in texts[i : i + 256]])) for i in range(0, len(texts), 256)
-        ])  # fmt: skip
+        chunks = [texts[i : i + 256] for i in range(0, len(texts), 256)]
+        return torch.cat([self.model.encode(self.model.prepare([Sample.of(t) for t in chunk])) for chunk in chunks])
 
     def _pictures(self, rows: Sequence[int] | np.ndarray) -> Tensor:
         chunks = [world().rgba(rows[i : i + 256]) for i in range(0, len(rows), 256)]
@@ -93,13 +92,17 @@ class Questions:
         """Text to picture among ``rows``; every picture of the same name counts."""
         records = [world().records[i] for i in rows]
         names = sorted({r.names[language][0].lower() for r in records if language in r.names})
-        positive = torch.tensor([[language in r.names and r.names[language][0].lower() == n for r in records] for n in names])
+        positive = torch.tensor(
+            [[language in r.names and r.names[language][0].lower() == n for r in records] for n in names]
+        )
         rank = ranks(self._texts(names) @ self._pictures(rows).T, positive)
         return {"r1": float((rank < 1).float().mean()), "r10": float((rank < 10).float().mean())}
 
     def ask(self) -> dict[str, float]:
         records = world().records
-        emoji = np.array([i for i, r in enumerate(records) if r.artist == "noto" and r.tone is None and len(r.concept) < 6])
+        emoji = np.array(
+            [i for i, r in enumerate(records) if r.artist == "noto" and r.tone is None and len(r.concept) < 6]
+        )
         split = {name: world().split(name) for name in pictograms.SPLITS}
         out: dict[str, float] = {}
 

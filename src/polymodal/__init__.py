@@ -1,8 +1,8 @@
 """Polymodal: every multimodal system of the literature as one short file over shared parts.
 
-    >>> import polymodal
-    >>> model = polymodal.load("polymodal/nano-clip")
-    >>> vectors = model.embed([polymodal.Image("cup.png"), "a red cup"])
+>>> import polymodal
+>>> model = polymodal.load("polymodal/nano-clip")
+>>> vectors = model.embed([polymodal.Image("cup.png"), "a red cup"])
 """
 
 from __future__ import annotations

@@ -46,7 +46,9 @@ def identify(folder: Path) -> tuple[type[System], str]:
     model_type = config.get("model_type") if isinstance(config, dict) else None
     known = {t: entry for entry in TABLE.values() for t in entry.model_types}
     if model_type not in known:
-        raise ConfigError(f"{folder / 'config.json'}: no system reads model_type {model_type!r}{did_you_mean(str(model_type), known)}")
+        raise ConfigError(
+            f"{folder / 'config.json'}: no system reads model_type {model_type!r}{did_you_mean(str(model_type), known)}"
+        )
     return known[model_type].resolve(), "hf"
 
 

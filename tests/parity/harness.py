@@ -54,7 +54,9 @@ def random_batch(system: System, size: int, seed: int = 1) -> Batch:
     return Batch({name: spec.random(size, generator) for name, spec in system.inputs_spec().items()})
 
 
-def assert_parity(system: System, model: Any, batch: Batch, folder: Path, *, tolerance: float = 1e-5, **more: Any) -> None:
+def assert_parity(
+    system: System, model: Any, batch: Batch, folder: Path, *, tolerance: float = 1e-5, **more: Any
+) -> None:
     """Outputs, loss and first gradients agree in fp32, relative to the largest value of each tensor (or to one)."""
     assert system.reference is not None
     system.train(False)
@@ -74,13 +76,17 @@ def compare_gradients(system: System, theirs: dict[str, Tensor], tolerance: floa
     """Every gradient of the reference, read as a file of weights is read, equals ours (zero where we have none)."""
     plan = system.plan(system.formats["hf"], theirs)
     assert not plan.problems, plan.problems
-    assert not any(theirs[n].abs().max() > 0 for n in plan.dropped), f"a gradient among {set(plan.dropped)} has no counterpart"
+    assert not any(theirs[n].abs().max() > 0 for n in plan.dropped), (
+        f"a gradient among {set(plan.dropped)} has no counterpart"
+    )
     ours = dict(system.state_dict(keep_vars=True))
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in ours.values()), "no gradient at all"
     for step in plan.steps:
         for name, expected in zip(step.ours, step.op.to_ours([theirs[n] for n in step.theirs]), strict=True):
             gradient = ours[name].grad
-            _close(f"gradient of {name}", torch.zeros_like(expected) if gradient is None else gradient, expected, tolerance)
+            _close(
+                f"gradient of {name}", torch.zeros_like(expected) if gradient is None else gradient, expected, tolerance
+            )
 
 
 def _close(what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:

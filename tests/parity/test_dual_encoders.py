@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.parity.harness import assert_parity, random_batch, save_reference
 
 import polymodal
 from polymodal.core.batch import Batch
 from polymodal.systems.base import System
+from tests.parity.harness import assert_parity, random_batch, save_reference
 
 transformers = pytest.importorskip("transformers")
 
@@ -18,7 +18,13 @@ TOWER = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32, "i
 
 
 def clip_pair(folder: Path, activation: str = "quick_gelu", eos: int = 49) -> tuple[System, object]:
-    text = TOWER | {"vocab_size": 50, "max_position_embeddings": 12, "eos_token_id": eos, "bos_token_id": 48, "pad_token_id": 1}
+    text = TOWER | {
+        "vocab_size": 50,
+        "max_position_embeddings": 12,
+        "eos_token_id": eos,
+        "bos_token_id": 48,
+        "pad_token_id": 1,
+    }
     config = transformers.CLIPConfig(
         text_config=text | {"hidden_act": activation, "hidden_size": 24},
         vision_config=TOWER | {"image_size": 20, "patch_size": 4, "hidden_act": activation},

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.parity.harness import assert_parity, file_gradients, random_batch, save_reference
 
 import polymodal
 from polymodal.core.batch import Batch
 from polymodal.core.errors import ConfigError, MediaError, WeightsError
 from polymodal.systems.base import System
+from tests.parity.harness import assert_parity, file_gradients, random_batch, save_reference
 
 transformers = pytest.importorskip("transformers")
 

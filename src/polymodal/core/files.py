@@ -42,6 +42,7 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
+    """Writes ``value`` as JSON, whole or not at all."""
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -23,7 +23,7 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """A picture: a path, encoded bytes, a PIL image, or a uint8 array ``(height, width)`` or ``(height, width, 3 or 4)``.
+    """A picture: a path, encoded bytes, a PIL image, or a uint8 array ``(height, width[, 3 or 4])``.
 
     Decoding happens in `polymodal.modalities.image` when a processor asks for the pixels.
     """
@@ -40,7 +40,9 @@ class Image:
 
 
 Part: TypeAlias = Text | Image
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2"})
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2"}
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,10 @@ def samples(values: Any) -> list[Sample]:
     """A list of samples from a list of anything that `Sample.of` takes; a lone value becomes a list of one."""
     if isinstance(values, Sequence) and not isinstance(values, str | bytes):
         return [Sample.of(v) for v in values]
-    if isinstance(values, Iterable) and not isinstance(values, str | bytes | Path) and type(values).__module__ == "builtins":
+    if (
+        isinstance(values, Iterable)
+        and not isinstance(values, str | bytes | Path)
+        and type(values).__module__ == "builtins"
+    ):
         return [Sample.of(v) for v in values]
     return [Sample.of(values)]

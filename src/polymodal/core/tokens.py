@@ -14,6 +14,8 @@ from polymodal.core.errors import MediaError
 
 
 class Modality(IntEnum):
+    """What a token stands for."""
+
     TEXT = 0
     IMAGE = 1
     AUDIO = 2

@@ -33,6 +33,8 @@ class TensorSpec:
 
 @runtime_checkable
 class HasInputs(Protocol):
+    """Says what it reads, so that inputs can be made up."""
+
     def inputs_spec(self) -> dict[str, TensorSpec]:
         """What `loss` reads, by name: makes generic tests, benchmarks and documentation free."""
         ...
@@ -65,7 +67,7 @@ class Embeds(Protocol):
     def embed(
         self, items: Any, *, batch_size: int = 64, progress: Callable[[int], None] | None = None
     ) -> Float[Tensor, "samples dim"]:
-        """`prepare` and `encode` in batches, without gradients, for anything that `core.sample.samples` takes; order is kept."""
+        """`prepare` and `encode` in batches, without gradients, for anything that `samples` takes; order is kept."""
         ...
 
 

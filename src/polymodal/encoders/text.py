@@ -65,8 +65,6 @@ class TextTower(nn.Module):
             x = block(x, mask=mask, causal=self.config.causal and mask is None)
         return tokens.with_x(self.norm(x))
 
-    def at(
-        self, tokens: Tokens, index: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch dim"]:
+    def at(self, tokens: Tokens, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
         """The vectors at one position a row."""
         return tokens.x[torch.arange(tokens.shape[0], device=index.device), index]

@@ -79,6 +79,6 @@ class Block(nn.Module):
         *,
         mask: Bool[Tensor, "batch #heads #rows tokens"] | None = None,
     ) -> Float[Tensor, "batch rows dim"]:
-        """The block's output for ``rows`` only, which attend to all of ``x``: all that a last block owes a pooled head."""
+        """The output for ``rows`` only, which attend to all of ``x``: all that a last block owes a pooled head."""
         rows = rows + self.drop_path(self.attn_scale(self.attn(self.attn_norm(rows), self.attn_norm(x), mask=mask)))
         return rows + self.drop_path(self.mlp_scale(self.mlp(self.mlp_norm(rows))))

@@ -24,7 +24,7 @@ def sincos_2d(dim: int, height: int, width: int) -> Float[Tensor, "patches {dim}
 
 
 def resize_grid(table: Float[Tensor, "source dim"], height: int, width: int) -> Float[Tensor, "{height*width} dim"]:
-    """A learned square grid of positions at another size: bicubic, in fp32; the same tensor when the size is the same."""
+    """A learned square grid of positions at another size: bicubic, in fp32; the same tensor at its own size."""
     side = int(table.shape[0] ** 0.5)
     if (height, width) == (side, side):
         return table

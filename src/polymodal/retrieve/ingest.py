@@ -112,7 +112,7 @@ def _read(model: Embeds, file: Found) -> _Read | Failed:
         "time": _taken(opened),
         "width": picture.width,
         "height": picture.height,
-        "thumbnail": _jpeg(thumbnail(picture, THUMBNAIL)),
+        "thumbnail": jpeg(thumbnail(picture, THUMBNAIL)),
     }
     return _Read(file, row, inputs)
 
@@ -127,7 +127,7 @@ def _taken(picture: PILImage.Image) -> dt.datetime | None:
         return None
 
 
-def _jpeg(picture: PILImage.Image) -> bytes:
+def jpeg(picture: PILImage.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=82)
     return buffer.getvalue()

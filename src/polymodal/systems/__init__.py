@@ -7,7 +7,8 @@ TABLE = Registry(
     (
         Entry(
             name="vit", module="polymodal.systems.vit", cls="VisionTransformer", model_types=("vit",),
-            paper="An Image is Worth 16x16 Words", year=2020, url="https://arxiv.org/abs/2010.11929", modalities=("image",),
+            paper="An Image is Worth 16x16 Words", year=2020, url="https://arxiv.org/abs/2010.11929",
+            modalities=("image",),
         ),
         Entry(
             name="mae", module="polymodal.systems.mae", cls="MAE", model_types=("vit_mae",),

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from polymodal.core.batch import Batch
+from polymodal.core.batch import Batch, Loss
 from polymodal.core.errors import MediaError, UnsupportedError, WeightsError
-from polymodal.core.files import atomic_write, read_json, write_json
+from polymodal.core.files import read_json, write_json
 from polymodal.core.sample import Sample, samples
 from polymodal.core.verbs import TensorSpec
+from polymodal.heads.contrastive import ContrastiveHead, SigmoidHead
 from polymodal.modalities.image import ImageProcessor, PatchProcessor, load_processor
 from polymodal.nn.precision import Precision, cast
+from polymodal.nn.skeleton import skeleton
 from polymodal.tokenizers.text import TextTokenizer
 from polymodal.weights.files import SINGLE, Checkpoint, write_shards
 from polymodal.weights.rules import Plan, Rule, plan, to_theirs, unplan
@@ -64,7 +65,7 @@ class System(nn.Module):
         self.config = config
         self._fingerprint: str | None = None
 
-    # -- what subclasses give ------------------------------------------------------------------------------------
+    # -- what subclasses give
 
     def init_weights(self) -> None:
         """Initialises every parameter as the paper does."""
@@ -85,13 +86,21 @@ class System(nn.Module):
 
     def prepare_images(self, items: Sequence[Sample]) -> Batch:
         if not isinstance(self.images, ImageProcessor):
-            raise UnsupportedError(f"{type(self).__name__} ({self.source}) has no image processor: its folder has no {PREPROCESSOR}")
+            raise UnsupportedError(
+                f"{type(self).__name__} ({self.source}) has no image processor: its folder has no {PREPROCESSOR}"
+            )
         return Batch(pixels=self.images([s.images[0] for s in items]))
 
     def prepare_texts(self, items: Sequence[Sample]) -> Batch:
-        raise UnsupportedError(f"{type(self).__name__} reads pictures only")
+        if self.tokenizer is None:
+            raise UnsupportedError(
+                f"{type(self).__name__} ({self.source}) reads no text: it has no text tower, or no tokenizer.json was "
+                "beside its weights (set model.tokenizer)"
+            )
+        ids, _ = self.tokenizer([s.texts[0].text for s in items])
+        return Batch(ids=ids)
 
-    # -- training: defaults of the Trains protocol -----------------------------------------------------------------
+    # -- training: defaults of the Trains protocol
 
     def after_step(self, step: int, total_steps: int) -> None:
         """Nothing to do for most systems."""
@@ -105,7 +114,7 @@ class System(nn.Module):
             if isinstance(module, nn.ModuleList) and name.endswith("blocks"):
                 yield from module
 
-    # -- building, loading, saving ------------------------------------------------------------------------------------
+    # -- building
 
     @classmethod
     def build(cls, config: Any) -> System:
@@ -119,11 +128,11 @@ class System(nn.Module):
     def from_folder(cls, folder: Path, format_name: str, *, precision: Precision = "fp32") -> System:
         """A system with the weights of a folder, all of them, or an error that lists every problem.
 
-        The module is made on the meta device and filled tensor by tensor, so that a checkpoint is never in memory twice.
+        The module is made on the meta device and filled tensor by tensor: a checkpoint is never in memory twice.
         """
         fmt = cls.formats[format_name]
         config, _ = fmt.read(read_json(folder / fmt.config_file))
-        with torch.device("meta"):
+        with skeleton():
             model = cls(config)
         with Checkpoint(folder, fmt.weights_file) as checkpoint:
             todo = model.plan(fmt, checkpoint.meta())
@@ -156,8 +165,22 @@ class System(nn.Module):
         else:
             module._buffers[leaf] = tensor
 
-    def save(self, folder: str | Path, *, format_name: str = "hf", dtype: torch.dtype = torch.float32) -> Path:
-        """Writes config, weights and processors in the format of the Hub; weights last, so that a cut leaves no model."""
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        format_name: str = "hf",
+        dtype: torch.dtype = torch.float32,
+        shard_bytes: int = 5 << 30,
+    ) -> Path:
+        """Writes config, processors and weights in a format of the Hub; weights last, so that a cut leaves no model.
+
+        Args:
+            folder: to write to; it is made.
+            format_name: one of ``formats``.
+            dtype: of the floating-point tensors in the file.
+            shard_bytes: a larger model is split into files of at most this size, with an index.
+        """
         folder = Path(folder)
         fmt = self.formats[format_name]
         state = self.state_dict()
@@ -175,14 +198,14 @@ class System(nn.Module):
             write_json(folder / PREPROCESSOR, self.images.to_hf())
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
-        write_shards(folder, stream())
+        write_shards(folder, stream(), single=fmt.weights_file, shard_bytes=shard_bytes)
         return folder
 
     def to_hub(self, tensors: Mapping[str, Tensor], format_name: str = "hf") -> dict[str, Tensor]:
         """Tensors by our names (weights or their gradients) under the names and layouts of a format."""
         return to_theirs(self.formats[format_name].rules(self.config), tensors)
 
-    # -- embedding: the Embeds protocol, for systems with `encode_images` or `encode_texts` -------------------------------
+    # -- embedding: the Embeds protocol
 
     @property
     def embedding_dim(self) -> int:
@@ -214,7 +237,8 @@ class System(nn.Module):
         for item in items:
             if len(item.parts) != 1:
                 raise MediaError(
-                    f"{type(self).__name__} gives one vector to one picture or one text; this sample has {len(item.parts)} parts"
+                    f"{type(self).__name__} gives one vector to one picture or one text; this sample has "
+                    f"{len(item.parts)} parts"
                 )
         kinds = {type(item.parts[0]) for item in items}
         assert len(kinds) == 1, "prepare takes samples of one kind"
@@ -228,7 +252,7 @@ class System(nn.Module):
     def embed(
         self, items: Any, *, batch_size: int = 64, progress: Callable[[int], None] | None = None
     ) -> Float[Tensor, "samples dim"]:
-        """One unit vector an item; pictures and texts may be mixed, the order is kept. ``progress`` gets counts done."""
+        """One unit vector an item; pictures and texts may be mixed, order is kept. ``progress`` gets counts done."""
         todo = samples(items)
         out = torch.empty(len(todo), self.embedding_dim)
         groups = [
@@ -249,10 +273,32 @@ class System(nn.Module):
         return out
 
 
-def write_card(folder: Path, text: str) -> None:
-    """A model card beside a checkpoint."""
-    atomic_write(folder / "README.md", text)
+class DualEncoder(System):
+    """Base of the systems that put pictures and texts into one space; a batch has the names of the encoders' inputs."""
 
+    head: ContrastiveHead | SigmoidHead
 
-def dump_config(config: Any) -> str:
-    return json.dumps(asdict(config), indent=2)
+    def encode_images(self, *inputs: Tensor) -> Float[Tensor, "batch dim"]:
+        raise NotImplementedError
+
+    def encode_texts(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch dim"]:
+        raise NotImplementedError
+
+    def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
+        return self.encode_texts(**batch) if "ids" in batch else self.encode_images(**batch)
+
+    def _both(self, batch: Batch) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"]]:
+        pictures = {name: tensor for name, tensor in batch.items() if name != "ids"}
+        return self.encode_images(**pictures), self.encode_texts(batch["ids"])
+
+    def logits(
+        self, images: Float[Tensor, "images dim"], texts: Float[Tensor, "texts dim"]
+    ) -> Float[Tensor, "images texts"]:
+        """Scores of unit vectors, as the head defines them."""
+        return self.head.logits(images, texts)
+
+    def forward(self, batch: Batch) -> Float[Tensor, "images texts"]:
+        return self.head.logits(*self._both(batch))
+
+    def loss(self, batch: Batch) -> Loss:
+        return self.head.loss(*self._both(batch))

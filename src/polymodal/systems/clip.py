@@ -12,14 +12,14 @@ Training details kept here: OpenAI's initialisation; the scale is stored as a lo
 clamped to [0, ln 100] after each optimiser step; no weight decay on norms, biases and scale; gradients flow through the
 gather of all ranks' features.
 
-Deviations: texts are padded to the longest of the batch instead of 77 tokens (a causal tower cannot see the padding), and
-the last vision block computes only the class token's row (the other rows are not read). Both leave every output as it is.
+Deviations: texts are padded to the longest of the batch instead of 77 tokens (a causal tower cannot see the padding),
+and the last vision block computes only the class token's row (no other row is read). Both leave every output as it is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -29,20 +29,19 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from polymodal.core.batch import Batch, Loss
-from polymodal.core.errors import UnsupportedError
 from polymodal.core.sample import Sample
 from polymodal.core.verbs import TensorSpec
 from polymodal.encoders.text import TextConfig, TextTower
 from polymodal.encoders.vit import ViT, ViTConfig
-from polymodal.heads.contrastive import clip_loss
+from polymodal.heads.contrastive import ContrastiveHead
 from polymodal.modalities.image import CLIP_MEAN, CLIP_STD, CenterCrop, ImageProcessor, ShortestEdge
 from polymodal.nn.mlp import ActivationName
-from polymodal.systems.base import Format, Reference, System
+from polymodal.systems.base import DualEncoder, Format, Reference
 from polymodal.tokenizers.text import TextTokenizer
 from polymodal.weights.fields import IMAGE_FIELDS, TRANSFORMER_FIELDS, Fields, FieldTable, read_fields, write_fields
-from polymodal.weights.layouts import clip_blocks
-from polymodal.weights.rules import Rule, Split, Transpose, drop, rule
+from polymodal.weights.layouts import clip_blocks, open_clip_blocks
+from polymodal.weights.rules import Rule, Transpose, drop, rule
+
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
@@ -54,35 +53,8 @@ class CLIPConfig:
     eot_id: int
 
 
-def preset(
-    patch: int, size: int, vision: tuple[int, int, int], text: tuple[int, int, int], embed_dim: int,
-    activation: ActivationName = "quick_gelu",
-) -> CLIPConfig:
-    """A config from (dim, layers, heads) of both towers, as the model cards give them."""
-    return CLIPConfig(
-        vision=ViTConfig(
-            image_size=size, patch_size=patch, dim=vision[0], num_layers=vision[1], num_heads=vision[2],
-            hidden_dim=4 * vision[0], activation=activation, norm_eps=1e-5, patch_bias=False, pre_norm=True,
-        ),
-        text=TextConfig(
-            vocab_size=49408, context=77, dim=text[0], num_layers=text[1], num_heads=text[2], hidden_dim=4 * text[0],
-            activation=activation,
-        ),
-        embed_dim=embed_dim, eot_id=49407,
-    )  # fmt: skip
-
-
-PRESETS = {
-    "openai/clip-vit-base-patch32": lambda: preset(32, 224, (768, 12, 12), (512, 12, 8), 512),
-    "openai/clip-vit-base-patch16": lambda: preset(16, 224, (768, 12, 12), (512, 12, 8), 512),
-    "openai/clip-vit-large-patch14": lambda: preset(14, 224, (1024, 24, 16), (768, 12, 12), 768),
-    "openai/clip-vit-large-patch14-336": lambda: preset(14, 336, (1024, 24, 16), (768, 12, 12), 768),
-    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": lambda: preset(32, 224, (768, 12, 12), (512, 12, 8), 512, "gelu"),
-}  # fmt: skip
-
-
 @final
-class CLIP(System):
+class CLIP(DualEncoder):
     """Contrastive language-image pre-training."""
 
     config: CLIPConfig
@@ -93,7 +65,7 @@ class CLIP(System):
         self.text = TextTower(config.text)
         self.image_projection = nn.Linear(config.vision.dim, config.embed_dim, bias=False)
         self.text_projection = nn.Linear(config.text.dim, config.embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.head = ContrastiveHead()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -142,40 +114,14 @@ class CLIP(System):
         eot = (ids == self.config.eot_id).int().argmax(1)
         return F.normalize(self.text_projection(self.text.at(self.text(ids), eot)).float(), dim=-1)
 
-    def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
-        return self.encode_images(batch["pixels"]) if "pixels" in batch else self.encode_texts(batch["ids"])
-
-    def logits(self, images: Float[Tensor, "images dim"], texts: Float[Tensor, "texts dim"]) -> Float[Tensor, "images texts"]:
-        """Scaled cosines; their softmax over texts is the zero-shot probability."""
-        return self.logit_scale.float().exp() * images @ texts.T
-
-    def forward(self, batch: Batch) -> Float[Tensor, "images texts"]:
-        return self.logits(self.encode_images(batch["pixels"]), self.encode_texts(batch["ids"]))
-
-    def loss(self, batch: Batch) -> Loss:
-        images, texts = self.encode_images(batch["pixels"]), self.encode_texts(batch["ids"])
-        return clip_loss(images, texts, self.logit_scale.float().exp())
-
-    @torch.no_grad()
     def after_step(self, step: int, total_steps: int) -> None:
-        self.logit_scale.clamp_(0, math.log(100))
+        self.head.clamp()
 
     def count(self, sample: Sample) -> int:
         """Tokens that the towers compute for the parts of a sample."""
         side = self.config.vision.image_size
-        total = len(sample.images) * self.config.vision.count(side, side)
-        for text in sample.texts:
-            total += self._tokenizer()([text.text])[0].shape[1]
-        return total
-
-    def _tokenizer(self) -> TextTokenizer:
-        if self.tokenizer is None:
-            raise UnsupportedError(f"this CLIP ({self.source}) has no tokenizer: set model.tokenizer, or load a checkpoint that has one")
-        return self.tokenizer
-
-    def prepare_texts(self, items: Sequence[Sample]) -> Batch:
-        ids, _ = self._tokenizer()([s.texts[0].text for s in items])
-        return Batch(ids=ids)
+        texts = sum(self.prepare_texts([Sample((text,))])["ids"].shape[1] for text in sample.texts)
+        return len(sample.images) * self.config.vision.count(side, side) + texts
 
     def load_processors(self, folder: Path) -> None:
         super().load_processors(folder)
@@ -189,7 +135,6 @@ class CLIP(System):
             mean=CLIP_MEAN, std=CLIP_STD,
         )  # fmt: skip
 
-
     reference = Reference(
         package="transformers", cls="CLIPModel", inputs={"pixels": "pixel_values", "ids": "input_ids"},
         output="logits_per_image", extra={"return_loss": True},
@@ -197,13 +142,14 @@ class CLIP(System):
 
 
 VISION: FieldTable = (
-    *TRANSFORMER_FIELDS, *IMAGE_FIELDS[::2], ("patch_size", "patch_size", 32), ("hidden_act", "activation", "quick_gelu"),
-    ("layer_norm_eps", "norm_eps", 1e-5),
+    *TRANSFORMER_FIELDS, *IMAGE_FIELDS[::2], ("patch_size", "patch_size", 32),
+    ("hidden_act", "activation", "quick_gelu"), ("layer_norm_eps", "norm_eps", 1e-5),
 )  # fmt: skip
 TEXT: FieldTable = (
     ("hidden_size", "dim", 512), ("num_hidden_layers", "num_layers", 12), ("num_attention_heads", "num_heads", 8),
     ("intermediate_size", "hidden_dim", 2048), ("hidden_act", "activation", "quick_gelu"),
-    ("layer_norm_eps", "norm_eps", 1e-5), ("vocab_size", "vocab_size", 49408), ("max_position_embeddings", "context", 77),
+    ("layer_norm_eps", "norm_eps", 1e-5), ("vocab_size", "vocab_size", 49408),
+    ("max_position_embeddings", "context", 77),
 )  # fmt: skip
 
 
@@ -243,7 +189,7 @@ def write_hf(c: CLIPConfig) -> dict[str, Any]:
 
 def rules_hf(config: CLIPConfig) -> list[Rule]:
     return [
-        rule("logit_scale", "logit_scale"),
+        rule("logit_scale", "head.logit_scale"),
         rule("visual_projection.weight", "image_projection.weight"),
         rule("text_projection.weight", "text_projection.weight"),
         rule("vision_model.embeddings.class_embedding", "vision.class_token"),
@@ -260,8 +206,32 @@ def rules_hf(config: CLIPConfig) -> list[Rule]:
     ]
 
 
+def preset(projection: int = 512, activation: str = "quick_gelu", **vision: int) -> Callable[[], CLIPConfig]:
+    """A config from the fields in which it differs from the Hub's defaults; the text tower's heads are 64 wide."""
+    text = {"hidden_size": projection, "num_attention_heads": projection // 64, "intermediate_size": 4 * projection}
+    act = {"hidden_act": activation}
+    raw = {"projection_dim": projection, "text_config": text | act, "vision_config": vision | act}
+    return lambda: read_hf(raw)[0]
+
+
+LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "patch_size": 14,
+}
+PRESETS = {
+    "openai/clip-vit-base-patch32": preset(),
+    "openai/clip-vit-base-patch16": preset(patch_size=16),
+    "openai/clip-vit-large-patch14": preset(768, **LARGE),
+    "openai/clip-vit-large-patch14-336": preset(768, **LARGE, image_size=336),
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": preset(activation="gelu"),
+}
+
 OPEN_VISION: FieldTable = (
-    ("image_size", "image_size", 224), ("patch_size", "patch_size", 16), ("width", "dim", 768), ("layers", "num_layers", 12),
+    ("image_size", "image_size", 224), ("patch_size", "patch_size", 16), ("width", "dim", 768),
+    ("layers", "num_layers", 12),
 )  # fmt: skip
 OPEN_TEXT: FieldTable = (
     ("context_length", "context", 77), ("vocab_size", "vocab_size", 49408), ("width", "dim", 512),
@@ -300,21 +270,8 @@ def write_open_clip(c: CLIPConfig) -> dict[str, Any]:
 
 
 def rules_open_clip(config: CLIPConfig) -> list[Rule]:
-    def blocks(theirs: str, ours: str) -> list[Rule]:
-        t, o = f"{theirs}.resblocks.{{i}}", f"{ours}.{{i}}"
-        qkv = [f"{o}.attn.{n}_proj" for n in "qkv"]
-        return [
-            rule(f"{t}.attn.in_proj_weight", [f"{n}.weight" for n in qkv], Split(3)),
-            rule(f"{t}.attn.in_proj_bias", [f"{n}.bias" for n in qkv], Split(3)),
-            rule(f"{t}.attn.out_proj.{{p}}", f"{o}.attn.o_proj.{{p}}"),
-            rule(f"{t}.ln_1.{{p}}", f"{o}.attn_norm.{{p}}"),
-            rule(f"{t}.ln_2.{{p}}", f"{o}.mlp_norm.{{p}}"),
-            rule(f"{t}.mlp.c_fc.{{p}}", f"{o}.mlp.up_proj.{{p}}"),
-            rule(f"{t}.mlp.c_proj.{{p}}", f"{o}.mlp.down_proj.{{p}}"),
-        ]
-
     return [
-        rule("logit_scale", "logit_scale"),
+        rule("logit_scale", "head.logit_scale"),
         rule("visual.proj", "image_projection.weight", Transpose()),
         rule("text_projection", "text_projection.weight", Transpose()),
         rule("visual.class_embedding", "vision.class_token"),
@@ -322,18 +279,21 @@ def rules_open_clip(config: CLIPConfig) -> list[Rule]:
         rule("visual.conv1.weight", "vision.patch_embed.weight"),
         rule("visual.ln_pre.{p}", "vision.pre_norm.{p}"),
         rule("visual.ln_post.{p}", "vision.norm.{p}"),
-        *blocks("visual.transformer", "vision.blocks"),
+        *open_clip_blocks("visual.transformer", "vision.blocks"),
         rule("token_embedding.weight", "text.embed_tokens.weight"),
         rule("positional_embedding", "text.position"),
         rule("ln_final.{p}", "text.norm.{p}"),
-        *blocks("transformer", "text.blocks"),
+        *open_clip_blocks("transformer", "text.blocks"),
     ]
 
 
 CLIP.formats = {
     "hf": Format(read=read_hf, write=write_hf, rules=rules_hf),
     "open_clip": Format(
-        read=read_open_clip, write=write_open_clip, rules=rules_open_clip, config_file="open_clip_config.json",
+        read=read_open_clip,
+        write=write_open_clip,
+        rules=rules_open_clip,
+        config_file="open_clip_config.json",
         weights_file="open_clip_model.safetensors",
-    ),  # fmt: skip
+    ),
 }

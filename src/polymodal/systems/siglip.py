@@ -1,7 +1,7 @@
 """SigLIP: pictures and texts in one space, every pair a yes/no question of its own.
 
-Paper: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023, https://arxiv.org/abs/2303.15343. Official code:
-google-research/big_vision. The fixed-size checkpoints of SigLIP 2 have this architecture, too.
+Paper: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023, https://arxiv.org/abs/2303.15343. Official
+code: google-research/big_vision. The fixed-size checkpoints of SigLIP 2 have this architecture, too.
 Hub: google/siglip-base-patch16-224, google/siglip-so400m-patch14-384, google/siglip2-base-patch16-224, ...
 
     picture -> ViT -> attention pooling with a learned probe --+
@@ -17,7 +17,7 @@ Deviations: none known.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -27,17 +27,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from polymodal.core.batch import Batch, Loss
-from polymodal.core.errors import UnsupportedError
 from polymodal.core.sample import Sample
 from polymodal.core.verbs import TensorSpec
 from polymodal.encoders.pooling import AttentionPool
 from polymodal.encoders.text import TextConfig, TextTower
 from polymodal.encoders.vit import ViT, ViTConfig
-from polymodal.heads.contrastive import sigmoid_loss
+from polymodal.heads.contrastive import SigmoidHead
 from polymodal.modalities.image import HALF, Exact, ImageProcessor
 from polymodal.nn.init import lecun_normal_, siglip_tower_
-from polymodal.systems.base import Format, Reference, System
+from polymodal.systems.base import DualEncoder, Format, Reference
 from polymodal.tokenizers.text import TextTokenizer
 from polymodal.weights.fields import IMAGE_FIELDS, TRANSFORMER_FIELDS, Fields, FieldTable, read_fields, write_fields
 from polymodal.weights.layouts import siglip_rules
@@ -69,7 +67,7 @@ PRESETS = {
 
 
 @final
-class SigLIP(System):
+class SigLIP(DualEncoder):
     """Sigmoid loss for language-image pre-training."""
 
     config: SigLIPConfig
@@ -81,8 +79,7 @@ class SigLIP(System):
         self.pool = AttentionPool(v.dim, v.num_heads, v.hidden_dim, norm_eps=v.norm_eps)
         self.text = TextTower(config.text)
         self.text_projection = nn.Linear(config.text.dim, v.dim)
-        self.logit_scale = nn.Parameter(torch.empty(1))
-        self.logit_bias = nn.Parameter(torch.empty(1))
+        self.head = SigmoidHead()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -95,8 +92,6 @@ class SigLIP(System):
         nn.init.normal_(self.vision.position, std=self.config.vision.dim**-0.5)
         nn.init.normal_(self.text.position, std=self.config.text.dim**-0.5)
         nn.init.normal_(self.text.embed_tokens.weight, std=self.config.text.dim**-0.5)
-        nn.init.constant_(self.logit_scale, 2.302585092994046)  # ln 10
-        nn.init.constant_(self.logit_bias, -10.0)
 
     def inputs_spec(self) -> dict[str, TensorSpec]:
         v, t = self.config.vision, self.config.text
@@ -115,30 +110,10 @@ class SigLIP(System):
     def encode_texts(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch dim"]:
         return F.normalize(self.text_projection(self.text(ids).x[:, -1]).float(), dim=-1)
 
-    def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
-        return self.encode_images(batch["pixels"]) if "pixels" in batch else self.encode_texts(batch["ids"])
-
-    def logits(self, images: Float[Tensor, "images dim"], texts: Float[Tensor, "texts dim"]) -> Float[Tensor, "images texts"]:
-        """Scaled, shifted cosines; the sigmoid of each is the probability that the pair belongs together."""
-        return self.logit_scale.float().exp() * images @ texts.T + self.logit_bias.float()
-
-    def forward(self, batch: Batch) -> Float[Tensor, "images texts"]:
-        return self.logits(self.encode_images(batch["pixels"]), self.encode_texts(batch["ids"]))
-
-    def loss(self, batch: Batch) -> Loss:
-        images, texts = self.encode_images(batch["pixels"]), self.encode_texts(batch["ids"])
-        return sigmoid_loss(images, texts, self.logit_scale.float().exp()[0], self.logit_bias.float()[0])
-
     def count(self, sample: Sample) -> int:
         """Tokens that the towers compute for the parts of a sample: a text always fills the context."""
         side = self.config.vision.image_size
         return len(sample.images) * self.config.vision.count(side, side) + len(sample.texts) * self.config.text.context
-
-    def prepare_texts(self, items: Sequence[Sample]) -> Batch:
-        if self.tokenizer is None:
-            raise UnsupportedError(f"this SigLIP ({self.source}) has no tokenizer: load a checkpoint whose folder has tokenizer.json")
-        ids, _ = self.tokenizer([s.texts[0].text for s in items])
-        return Batch(ids=ids)
 
     def load_processors(self, folder: Path) -> None:
         super().load_processors(folder)
@@ -155,7 +130,11 @@ class SigLIP(System):
     )  # fmt: skip
 
 
-SHAPE: FieldTable = (*TRANSFORMER_FIELDS, ("hidden_act", "activation", "gelu_pytorch_tanh"), ("layer_norm_eps", "norm_eps", 1e-6))
+SHAPE: FieldTable = (
+    *TRANSFORMER_FIELDS,
+    ("hidden_act", "activation", "gelu_pytorch_tanh"),
+    ("layer_norm_eps", "norm_eps", 1e-6),
+)
 VISION: FieldTable = (*SHAPE, *IMAGE_FIELDS)
 TEXT: FieldTable = (*SHAPE, ("vocab_size", "vocab_size", 32000), ("max_position_embeddings", "context", 64))
 

@@ -1,19 +1,19 @@
 """SigLIP 2 NaFlex: SigLIP for pictures of any aspect and several lengths, without distortion.
 
-Paper: Tschannen et al., "SigLIP 2: Multilingual Vision-Language Encoders with Improved Semantic Understanding, Localization,
-and Dense Features", 2025, https://arxiv.org/abs/2502.14786. Official code: google-research/big_vision.
+Paper: Tschannen et al., "SigLIP 2: Multilingual Vision-Language Encoders with Improved Semantic Understanding,
+Localization, and Dense Features", 2025, https://arxiv.org/abs/2502.14786. Official code: google-research/big_vision.
 Hub: google/siglip2-base-patch16-naflex, google/siglip2-so400m-patch16-naflex. (The fixed-size SigLIP 2 checkpoints have
 SigLIP's architecture and declare it; they load as that.)
 
-    picture -> at most N patches, aspect kept -> Transformer, positions resized a picture -> attention pooling --+
-                                                                                 cosine * exp(scale) + bias -> sigmoid loss
+    picture -> at most N patches, aspect kept -> Transformer, resized positions -> attention pooling --+
+                                                           cosine * exp(scale) + bias -> sigmoid loss
     text (Gemma tokens) -> bidirectional Transformer -> last position -> linear --+
 
 Training details kept here: those of SigLIP; padding patches are neither attended to nor pooled; the position grid is
 resized bilinearly with antialiasing, in fp32.
 
-Deviations: the paper adds captioning, self-distillation and masked prediction losses during pre-training, whose heads the
-released checkpoints do not hold; only the sigmoid loss is here.
+Deviations: the paper adds captioning, self-distillation and masked prediction losses during pre-training, whose heads
+the released checkpoints do not hold; only the sigmoid loss is here.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from polymodal.core.batch import Batch, Loss
+from polymodal.core.batch import Batch
 from polymodal.core.errors import ConfigError, UnsupportedError
 from polymodal.core.sample import Sample
 from polymodal.core.tokens import Modality, Tokens
 from polymodal.core.verbs import TensorSpec
 from polymodal.encoders.pooling import AttentionPool
 from polymodal.encoders.text import TextConfig, TextTower
-from polymodal.heads.contrastive import sigmoid_loss
+from polymodal.heads.contrastive import SigmoidHead
 from polymodal.modalities.image import PatchBudget, PatchProcessor, decode
 from polymodal.nn.block import Block
 from polymodal.nn.init import lecun_normal_, siglip_tower_
 from polymodal.nn.mlp import ActivationName
-from polymodal.systems.base import Format, Reference, System
+from polymodal.systems.base import DualEncoder, Format, Reference
 from polymodal.tokenizers.text import TextTokenizer
 from polymodal.weights.fields import TRANSFORMER_FIELDS, Fields, FieldTable, read_fields, write_fields
 from polymodal.weights.layouts import siglip_rules
@@ -116,7 +116,9 @@ class NaFlexTower(nn.Module):
         return out
 
     def forward(
-        self, patches: Float[Tensor, "batch patches pixels"], mask: Bool[Tensor, "batch patches"],
+        self,
+        patches: Float[Tensor, "batch patches pixels"],
+        mask: Bool[Tensor, "batch patches"],
         shapes: Int[Tensor, "batch 2"],
     ) -> Tokens:
         x = self.patch_embed(patches.to(self.patch_embed.weight.dtype))
@@ -132,7 +134,7 @@ class NaFlexTower(nn.Module):
 
 
 @final
-class SigLIP2(System):
+class SigLIP2(DualEncoder):
     """SigLIP with native flexible resolution."""
 
     config: SigLIP2Config
@@ -145,8 +147,7 @@ class SigLIP2(System):
         self.pool = AttentionPool(v.dim, v.num_heads, v.hidden_dim, norm_eps=v.norm_eps)
         self.text = TextTower(config.text)
         self.text_projection = nn.Linear(config.text.dim, v.dim)
-        self.logit_scale = nn.Parameter(torch.empty(1))
-        self.logit_bias = nn.Parameter(torch.empty(1))
+        self.head = SigmoidHead()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -159,8 +160,6 @@ class SigLIP2(System):
         nn.init.normal_(self.vision.position, std=self.config.vision.dim**-0.5)
         nn.init.normal_(self.text.position, std=self.config.text.dim**-0.5)
         nn.init.normal_(self.text.embed_tokens.weight, std=self.config.text.dim**-0.5)
-        nn.init.constant_(self.logit_scale, math.log(10))
-        nn.init.constant_(self.logit_bias, -10.0)
 
     def inputs_spec(self) -> dict[str, TensorSpec]:
         v, t = self.config.vision, self.config.text
@@ -177,32 +176,15 @@ class SigLIP2(System):
         return self.config.vision.dim
 
     def encode_images(
-        self, patches: Float[Tensor, "batch patches pixels"], mask: Bool[Tensor, "batch patches"],
+        self,
+        patches: Float[Tensor, "batch patches pixels"],
+        mask: Bool[Tensor, "batch patches"],
         shapes: Int[Tensor, "batch 2"],
     ) -> Float[Tensor, "batch dim"]:
         return F.normalize(self.pool(self.vision(patches, mask, shapes)).float(), dim=-1)
 
     def encode_texts(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch dim"]:
         return F.normalize(self.text_projection(self.text(ids).x[:, -1]).float(), dim=-1)
-
-    def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
-        if "patches" in batch:
-            return self.encode_images(batch["patches"], batch["mask"], batch["shapes"])
-        return self.encode_texts(batch["ids"])
-
-    def logits(self, images: Float[Tensor, "images dim"], texts: Float[Tensor, "texts dim"]) -> Float[Tensor, "images texts"]:
-        """Scaled, shifted cosines; the sigmoid of each is the probability that the pair belongs together."""
-        return self.logit_scale.float().exp() * images @ texts.T + self.logit_bias.float()
-
-    def forward(self, batch: Batch) -> Float[Tensor, "images texts"]:
-        return self.logits(
-            self.encode_images(batch["patches"], batch["mask"], batch["shapes"]), self.encode_texts(batch["ids"])
-        )
-
-    def loss(self, batch: Batch) -> Loss:
-        images = self.encode_images(batch["patches"], batch["mask"], batch["shapes"])
-        texts = self.encode_texts(batch["ids"])
-        return sigmoid_loss(images, texts, self.logit_scale.float().exp()[0], self.logit_bias.float()[0])
 
     def count(self, sample: Sample) -> int:
         """Tokens that carry something: the patches of each picture at its own aspect, and full contexts of text."""
@@ -219,12 +201,6 @@ class SigLIP2(System):
         patches, mask, shapes = self._processor()([s.images[0] for s in items])
         return Batch(patches=patches, mask=mask, shapes=shapes)
 
-    def prepare_texts(self, items: Sequence[Sample]) -> Batch:
-        if self.tokenizer is None:
-            raise UnsupportedError(f"this SigLIP2 ({self.source}) has no tokenizer: load a checkpoint whose folder has tokenizer.json")
-        ids, _ = self.tokenizer([s.texts[0].text for s in items])
-        return Batch(ids=ids)
-
     def load_processors(self, folder: Path) -> None:
         super().load_processors(folder)
         if (folder / "tokenizer.json").is_file():
@@ -236,13 +212,24 @@ class SigLIP2(System):
 
     reference = Reference(
         package="transformers", cls="Siglip2Model",
-        inputs={"patches": "pixel_values", "mask": "pixel_attention_mask", "shapes": "spatial_shapes", "ids": "input_ids"},
+        inputs={
+            "patches": "pixel_values", "mask": "pixel_attention_mask", "shapes": "spatial_shapes", "ids": "input_ids",
+        },
         output="logits_per_image", extra={"return_loss": True},
     )  # fmt: skip
 
 
-SHAPE: FieldTable = (*TRANSFORMER_FIELDS, ("hidden_act", "activation", "gelu_pytorch_tanh"), ("layer_norm_eps", "norm_eps", 1e-6))
-VISION: FieldTable = (*SHAPE, ("patch_size", "patch_size", 16), ("num_patches", "num_patches", 256), ("num_channels", "num_channels", 3))
+SHAPE: FieldTable = (
+    *TRANSFORMER_FIELDS,
+    ("hidden_act", "activation", "gelu_pytorch_tanh"),
+    ("layer_norm_eps", "norm_eps", 1e-6),
+)
+VISION: FieldTable = (
+    *SHAPE,
+    ("patch_size", "patch_size", 16),
+    ("num_patches", "num_patches", 256),
+    ("num_channels", "num_channels", 3),
+)
 TEXT: FieldTable = (*SHAPE, ("vocab_size", "vocab_size", 32000), ("max_position_embeddings", "context", 64))
 
 

@@ -115,6 +115,7 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
 
 
 def load_ema(checkpoint: Path, ema: Mapping[str, Tensor]) -> None:
+    """Sets the moving average of the weights, in place; raises as `load_model` does."""
     _fill(checkpoint / "ema.safetensors", ema)
 
 

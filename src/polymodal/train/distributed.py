@@ -210,5 +210,6 @@ def agree(values: Tensor) -> Tensor:
 
 
 def wait_for_all() -> None:
+    """Returns when every rank has come here."""
     if is_distributed():
         dist.barrier()

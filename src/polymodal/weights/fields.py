@@ -2,30 +2,95 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from reprlib import repr as short
 from typing import Any, TypeVar
 
 from polymodal.core.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 _NOTHING: Any = object()
+# A stranger's config must not make us build a billion layers before the weights have been looked at.
+LARGEST = 2**20
+MOST_LAYERS = 1000
+
+
+class FieldsError(ConfigError):
+    """A config cannot be read; the message and ``problems`` list everything that is wrong with it."""
+
+    def __init__(self, where: str, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__(f"{where} cannot be read:\n" + "\n".join(f"  - {p}" for p in problems))
+
 
 # Fields that transformers writes into every config and that say nothing about the weights.
-GENERIC: dict[str, str] = {
-    name: "bookkeeping of transformers, not part of the architecture"
-    for name in (
-        "_name_or_path architectures auto_map torch_dtype dtype transformers_version _commit_hash _attn_implementation "
-        "return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss pruned_heads "
-        "is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention tie_encoder_decoder max_length "
-        "min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p "
-        "typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
-        "num_return_sequences chunk_size_feed_forward output_scores return_dict_in_generate forced_bos_token_id "
-        "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens "
-        "begin_suppress_tokens finetuning_task id2label label2id tokenizer_class prefix bos_token_id pad_token_id "
-        "sep_token_id decoder_start_token_id task_specific_params problem_type tie_word_embeddings initializer_range "
-        "initializer_factor gradient_checkpointing"
-    ).split()
-}
+GENERIC: dict[str, str] = dict.fromkeys(
+    [
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "_commit_hash",
+        "_attn_implementation",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "torchscript",
+        "use_bfloat16",
+        "tf_legacy_loss",
+        "pruned_heads",
+        "is_encoder_decoder",
+        "is_decoder",
+        "cross_attention_hidden_size",
+        "add_cross_attention",
+        "tie_encoder_decoder",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "chunk_size_feed_forward",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "tokenizer_class",
+        "prefix",
+        "bos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "task_specific_params",
+        "problem_type",
+        "tie_word_embeddings",
+        "initializer_range",
+        "initializer_factor",
+        "gradient_checkpointing",
+    ],
+    "bookkeeping of transformers, not part of the architecture",
+)
 
 
 class Fields:
@@ -34,41 +99,54 @@ class Fields:
     Problems are collected over the whole config and raised together by `done`.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str = "config.json", problems: list[str] | None = None) -> None:
-        self._values = values
+    def __init__(
+        self, values: Mapping[str, Any], where: str = "config.json", problems: list[str] | None = None
+    ) -> None:
         self._where = where
         self._seen: dict[str, str] = {}
         self._children: list[Fields] = []
         self.problems: list[str] = [] if problems is None else problems
+        if not isinstance(values, Mapping):
+            self.problems.append(f"{where} is {short(values)}, expected an object")
+            values = {}
+        self._values = values
 
-    def take(self, name: str, kind: type[T], default: T = _NOTHING) -> T:
-        """The field's value, checked for its type (an int is a float, too)."""
+    def take(self, name: str, kind: type[T], default: T = _NOTHING, *, least: int = 1, most: int = LARGEST) -> T:
+        """The field's value, checked for its type (an int is a float, too) and, if an int, for its range.
+
+        A value that is a problem gives the default, so that the rest can be looked at.
+        """
         self._seen[name] = "read"
         value = self._values.get(name, default)
         if value is _NOTHING:
             self.problems.append(f"{self._where}: {name} is missing{did_you_mean(name, self._values)}")
             return kind()
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)  # type: ignore[return-value]
+        if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
+            value = float(value)  # type: ignore[assignment]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            self.problems.append(f"{self._where}: {name} is {value!r}, expected {kind.__name__}")
-            return kind()
-        return value
+            problem = f"expected {kind.__name__}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            problem = "expected a finite number"
+        elif kind is int and not least <= value <= most:  # type: ignore[operator]
+            problem = f"expected {least} to {most:,}"
+        else:
+            return value
+        self.problems.append(f"{self._where}: {name} is {short(value)}, {problem}")
+        return kind() if default is _NOTHING else default
 
     def choose(self, name: str, options: Mapping[str, T], default: str = _NOTHING) -> T:
         """The field's value, translated; unknown values are a problem."""
         value = self.take(name, str, default)
         if value in options:
             return options[value]
-        if value:
-            self.problems.append(f"{self._where}: {name} is {value!r}; understood: {', '.join(sorted(options))}")
+        self.problems.append(f"{self._where}: {name} is {short(value)}; understood: {', '.join(sorted(options))}")
         return next(iter(options.values()))
 
     def require(self, name: str, value: Any) -> None:
         """The field, if it is there, must have this value: nothing else is supported."""
         self._seen[name] = "required"
         if name in self._values and self._values[name] != value:
-            self.problems.append(f"{self._where}: {name} is {self._values[name]!r}; only {value!r} is supported")
+            self.problems.append(f"{self._where}: {name} is {short(self._values[name])}; only {value!r} is supported")
 
     def ignore(self, reason: str, *names: str) -> None:
         """These fields are not needed, for the written reason."""
@@ -78,11 +156,7 @@ class Fields:
         """A nested config; problems are shared."""
         self._seen[name] = "read"
         value = self._values.get(name)
-        if not isinstance(value, Mapping):
-            if value is not None:
-                self.problems.append(f"{self._where}: {name} is {value!r}, expected an object")
-            value = {}
-        fields = Fields(value, f"{self._where}: {name}", self.problems)
+        fields = Fields({} if value is None else value, f"{self._where}: {name}", self.problems)
         self._children.append(fields)
         return fields
 
@@ -90,25 +164,35 @@ class Fields:
         """What was done with each field.
 
         Raises:
-            ConfigError: with every problem of this config and its parts, among them fields that nobody looked at.
+            FieldsError: with every problem of this config and its parts, among them fields that nobody looked at.
         """
         report = self._report()
         if self.problems:
-            raise ConfigError(f"{self._where} cannot be read:\n" + "\n".join(f"  - {p}" for p in self.problems))
+            raise FieldsError(self._where, self.problems)
         return report
 
     def _report(self) -> dict[str, str]:
         for name in self._values:
             if name not in self._seen and name not in GENERIC:
-                self.problems.append(f"{self._where}: the field {name} = {self._values[name]!r} is not understood")
-        report = {f"{self._where}: {n}": self._seen.get(n) or f"ignored: {GENERIC[n]}" for n in self._values if n in self._seen or n in GENERIC}
+                self.problems.append(f"{self._where}: the field {name} = {short(self._values[name])} is not understood")
+        report = {
+            f"{self._where}: {n}": self._seen.get(n) or f"ignored: {GENERIC[n]}"
+            for n in self._values
+            if n in self._seen or n in GENERIC
+        }
         for child in self._children:
             report |= child._report()
         return report
 
 
 # The `hidden_act` values of the Hub and their names here.
-ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+}
 
 # (their field, our field, the default of the Hub's config class): read and written by the same table.
 FieldTable = tuple[tuple[str, str, Any], ...]
@@ -128,10 +212,14 @@ IMAGE_FIELDS: FieldTable = (
 
 def read_fields(fields: Fields, table: FieldTable) -> dict[str, Any]:
     """Keywords for one of our configs from the fields of a Hub config."""
-    return {
-        ours: fields.choose(theirs, ACTIVATIONS, default) if ours == "activation" else fields.take(theirs, type(default), default)
-        for theirs, ours, default in table
-    }
+
+    def read(theirs: str, ours: str, default: Any) -> Any:
+        if ours == "activation":
+            return fields.choose(theirs, ACTIVATIONS, default)
+        most = MOST_LAYERS if ours == "num_layers" else LARGEST
+        return fields.take(theirs, type(default), default, most=most)
+
+    return {ours: read(theirs, ours, default) for theirs, ours, default in table}
 
 
 def write_fields(config: Any, table: FieldTable) -> dict[str, Any]:

@@ -16,25 +16,32 @@ from torch import Tensor
 from polymodal.core.errors import WeightsError
 from polymodal.core.files import atomic_path, read_json, write_json
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
 class Checkpoint:
     """The safetensors files of a folder, open for reading; a context manager.
 
     Raises:
-        WeightsError: no safetensors file, a file is truncated or not one, the index and the files disagree, or a name
-            in the index leaves the folder.
+        WeightsError: no safetensors file, a file is truncated or not one, the index and the files disagree, a name in
+            the index leaves the folder, or a tensor has a dtype or shape that torch has not.
+
+    Where a single file and an index are both there, the single file is read, as transformers does.
     """
 
     def __init__(self, folder: Path, single: str = SINGLE) -> None:
         self.folder = folder
         self._stack = ExitStack()
         self._where: dict[str, Any] = {}
+        self._meta: dict[str, Tensor] = {}
         problems: list[str] = []
-        files = self._files(single, problems)
-        for path, expected in files.items():
+        expected_names = self._files(single, problems)
+        self.files = list(expected_names)
+        for path, expected in expected_names.items():
+            if not path.is_file():
+                problems.append(f"{path.name}, which the index names, is not in this folder")
+                continue
             try:
                 shard = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             except (SafetensorError, OSError, struct.error) as error:
@@ -48,41 +55,57 @@ class Checkpoint:
                 if name in self._where:
                     problems.append(f"{name} is in two files")
                 self._where[name] = shard
+                self._describe(name, shard.get_slice(name), problems)
         if problems:
             self.close()
             raise WeightsError(str(folder), problems)
 
     def _files(self, single: str, problems: list[str]) -> dict[Path, set[str] | None]:
-        if (self.folder / INDEX).is_file():
-            weight_map: Mapping[str, str] = read_json(self.folder / INDEX).get("weight_map", {})
+        if (self.folder / single).is_file():
+            return {self.folder / single: None}
+        index = self.folder / index_of(single)
+        if index.is_file():
+            whole = read_json(index)
+            weight_map = whole.get("weight_map") if isinstance(whole, Mapping) else None
+            if not isinstance(weight_map, Mapping):
+                problems.append(f"{index.name} has no weight_map from names to files")
+                return {}
             files: dict[Path, set[str] | None] = {}
             for name, file in weight_map.items():
-                if Path(file).name != file or not file.endswith(".safetensors"):
-                    problems.append(f"the index puts {name} in {file!r}, which is not a safetensors file of this folder")
+                if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                    problems.append(
+                        f"the index puts {name} in {file!r}, which is not a safetensors file of this folder"
+                    )
                     continue
                 expected = files.setdefault(self.folder / file, set())
                 assert expected is not None
                 expected.add(name)
             return files
-        if (self.folder / single).is_file():
-            return {self.folder / single: None}
-        pickles = sorted(p.name for p in self.folder.glob("*.bin")) + sorted(p.name for p in self.folder.glob("*.pt*"))
-        hint = f" ({pickles[0]} is a pickle, which can run code: convert it to safetensors where you trust it)" if pickles else ""
-        problems.append(f"no {single} and no {INDEX} in this folder{hint}")
+        pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLES)
+        hint = (
+            f" ({pickles[0]} is a pickle, which can run code: convert it to safetensors where you trust it)"
+            if pickles
+            else ""
+        )
+        problems.append(f"no {single} and no {index.name} in this folder{hint}")
         return {}
+
+    def _describe(self, name: str, view: Any, problems: list[str]) -> None:
+        shape, dtype = view.get_shape(), _DTYPES.get(view.get_dtype())
+        if dtype is None:
+            problems.append(f"{name} has dtype {view.get_dtype()}, which is not understood")
+            return
+        try:
+            self._meta[name] = torch.empty(shape, dtype=dtype, device="meta")
+        except (RuntimeError, TypeError):  # an empty tensor may claim any length along its other axes
+            problems.append(f"{name} has the shape {shape}, which is too large")
 
     def meta(self) -> dict[str, Tensor]:
         """Names, shapes and dtypes as meta tensors, read from the headers alone."""
-        out = {}
-        for name, shard in self._where.items():
-            view = shard.get_slice(name)
-            dtype = _DTYPES.get(view.get_dtype())
-            if dtype is None:
-                raise WeightsError(str(self.folder), [f"{name} has dtype {view.get_dtype()}, which is not understood"])
-            out[name] = torch.empty(view.get_shape(), dtype=dtype, device="meta")
-        return out
+        return dict(self._meta)
 
     def read(self, name: str) -> Tensor:
+        """The tensor of this name, as it is in the file."""
         return self._where[name].get_tensor(name)
 
     def close(self) -> None:
@@ -102,10 +125,18 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = 5 << 30) -> list[str]:
-    """Writes named tensors as one file, or as numbered shards with an index when they exceed ``shard_bytes``.
+def index_of(single: str) -> str:
+    """The name of the index beside shards of ``single``."""
+    return f"{single}.index.json"
 
-    At most one shard is held beside what the iterator yields. Returns the file names.
+
+def write_shards(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, single: str = SINGLE, shard_bytes: int = 5 << 30
+) -> list[str]:
+    """Writes named tensors as the file ``single``, or as numbered shards with an index beyond ``shard_bytes``.
+
+    At most one shard is held beside what the iterator yields. An interruption leaves the earlier checkpoint of the
+    folder, or none, and never a mixture. Returns the file names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[tuple[Path, list[str]]] = []
@@ -116,18 +147,20 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_b
             save_file(shard, temporary, metadata={"format": "pt"})
         shards.append((path, list(shard)))
         total += sum(t.numel() * t.element_size() for t in shard.values())
+    index = folder / index_of(single)
     if len(shards) == 1:
-        shards[0][0].replace(folder / SINGLE)
-        (folder / INDEX).unlink(missing_ok=True)  # of an earlier, sharded save
-        return [SINGLE]
+        shards[0][0].replace(folder / single)
+        index.unlink(missing_ok=True)  # of an earlier, sharded save
+        return [single]
+    index.unlink(missing_ok=True)
+    (folder / single).unlink(missing_ok=True)
     weight_map, files = {}, []
     for number, (path, names) in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{Path(single).stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         path.replace(folder / file)
         files.append(file)
         weight_map |= dict.fromkeys(names, file)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    (folder / SINGLE).unlink(missing_ok=True)
+    write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return files
 
 

@@ -6,7 +6,7 @@ from polymodal.weights.rules import Rule, Split, Squeeze, rule
 
 
 def clip_blocks(theirs: str, ours: str) -> list[Rule]:
-    """The Transformer layers of CLIP and SigLIP as transformers names them: ``{theirs}.layers.{i}`` to ``{ours}.{i}``."""
+    """The layers of CLIP and SigLIP as transformers names them: ``{theirs}.layers.{i}`` to ``{ours}.{i}``."""
     t, o = f"{theirs}.layers.{{i}}", f"{ours}.{{i}}"
     return [
         *(rule(f"{t}.self_attn.{n}_proj.{{p}}", f"{o}.attn.{n}_proj.{{p}}") for n in "qkv"),
@@ -18,14 +18,26 @@ def clip_blocks(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
+def open_clip_blocks(theirs: str, ours: str) -> list[Rule]:
+    """The layers of CLIP as OpenAI and open_clip name them: ``{theirs}.resblocks.{i}`` to ``{ours}.{i}``."""
+    t, o = f"{theirs}.resblocks.{{i}}", f"{ours}.{{i}}"
+    qkv = [f"{o}.attn.{n}_proj" for n in "qkv"]
+    return [
+        rule(f"{t}.attn.in_proj_weight", [f"{n}.weight" for n in qkv], Split(3)),
+        rule(f"{t}.attn.in_proj_bias", [f"{n}.bias" for n in qkv], Split(3)),
+        rule(f"{t}.attn.out_proj.{{p}}", f"{o}.attn.o_proj.{{p}}"),
+        rule(f"{t}.ln_1.{{p}}", f"{o}.attn_norm.{{p}}"),
+        rule(f"{t}.ln_2.{{p}}", f"{o}.mlp_norm.{{p}}"),
+        rule(f"{t}.mlp.c_fc.{{p}}", f"{o}.mlp.up_proj.{{p}}"),
+        rule(f"{t}.mlp.c_proj.{{p}}", f"{o}.mlp.down_proj.{{p}}"),
+    ]
+
+
 def vit_blocks(theirs: str, ours: str) -> list[Rule]:
     """The layers of ViT and MAE as transformers names them (BERT's names): ``{theirs}.{i}`` to ``{ours}.{i}``."""
     t, o = f"{theirs}.{{i}}", f"{ours}.{{i}}"
     return [
-        *(
-            rule(f"{t}.attention.attention.{n}.{{p}}", f"{o}.attn.{n[0]}_proj.{{p}}")
-            for n in ("query", "key", "value")
-        ),
+        *(rule(f"{t}.attention.attention.{n}.{{p}}", f"{o}.attn.{n[0]}_proj.{{p}}") for n in ("query", "key", "value")),
         rule(f"{t}.attention.output.dense.{{p}}", f"{o}.attn.o_proj.{{p}}"),
         rule(f"{t}.layernorm_before.{{p}}", f"{o}.attn_norm.{{p}}"),
         rule(f"{t}.layernorm_after.{{p}}", f"{o}.mlp_norm.{{p}}"),
@@ -39,8 +51,8 @@ def siglip_rules() -> list[Rule]:
     qkv = [f"pool.attn.{n}_proj" for n in "qkv"]
     head = "vision_model.head"
     return [
-        rule("logit_scale", "logit_scale"),
-        rule("logit_bias", "logit_bias"),
+        rule("logit_scale", "head.logit_scale"),
+        rule("logit_bias", "head.logit_bias"),
         rule("vision_model.embeddings.position_embedding.weight", "vision.position"),
         rule("vision_model.post_layernorm.{p}", "vision.norm.{p}"),
         *clip_blocks("vision_model.encoder", "vision.blocks"),

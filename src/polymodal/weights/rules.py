@@ -170,10 +170,12 @@ def read_only(rules: Iterable[Rule]) -> list[Rule]:
 
 
 def drop(theirs: str, reason: str) -> Rule:
+    """Their tensor is not needed, for a reason that the certificate repeats."""
     return Rule((theirs,), (), Drop(reason))
 
 
 def init(ours: str, reason: str) -> Rule:
+    """Our tensor is in no file and keeps its first values, for a reason that the certificate repeats."""
     return Rule((), (ours,), Init(reason))
 
 
@@ -252,7 +254,9 @@ def plan(rules: Sequence[Rule], theirs: Mapping[str, Tensor], ours: Mapping[str,
             if missing:
                 result.problems.append(f"missing from the checkpoint: {', '.join(missing)} (needed with {sources[0]})")
             if absent:
-                result.problems.append(f"unexpected: {', '.join(sources)}: this configuration has no {', '.join(absent)}")
+                result.problems.append(
+                    f"unexpected: {', '.join(sources)}: this configuration has no {', '.join(absent)}"
+                )
             for t in targets:
                 if t in ours:
                     claim(filled, t, label, "parameter")
@@ -276,6 +280,8 @@ def _check(
         results = op.to_ours([theirs[s].to("meta") for s in sources])
     except (ValueError, RuntimeError, IndexError) as error:
         return [f"wrong shape: {', '.join(sources)}: {error}"]
+    if len(results) != len(targets):
+        return [f"wrong shape: {', '.join(sources)} gives {len(results)} tensors, not {len(targets)}"]
     problems = []
     for target, got in zip(targets, results, strict=True):
         want = ours[target]

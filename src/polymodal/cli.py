@@ -1,0 +1,681 @@
+"""The command line: parses, calls, prints. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polymodal.core.errors import ConfigError, MissingDependency, PolymodalError
+
+if TYPE_CHECKING:
+    from polymodal.retrieve.index import Report
+    from polymodal.retrieve.reader import Hit, Reader
+
+MODEL = "polymodal/nano-clip"
+SHOWN_FAILURES = 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0, 1 for an error that is the user's to mend, 130 for Ctrl-C; 2 for usage exits."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except PolymodalError as error:
+        if arguments.debug:
+            raise
+        print("polymodal: " + plain(str(error), keep="\n"), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\npolymodal: interrupted; nothing is lost, run the same command again", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has enough. Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def plain(text: str, keep: str = "") -> str:
+    """``text`` without anything that a terminal would obey: file names are written by strangers."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+# ---- commands ----
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    _need_store()
+    from polymodal.retrieve.reader import META, Meta
+
+    path = _index_path(arguments)
+    exists = (path / META).is_file()
+    if not exists and not arguments.folders:
+        raise ConfigError(f"there is no index at {path} yet: say which folders to index, polymodal index DIR")
+    rebuild = exists and arguments.rebuild
+    old = None
+    if exists:
+        with contextlib.suppress(PolymodalError) if rebuild else contextlib.nullcontext():
+            old = Meta.read(path)
+    folders = [Path(f).expanduser().resolve() for f in arguments.folders]
+    if rebuild and old:
+        folders += [Path(r) for r in old.roots if Path(r).is_dir()]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
+    name = _model_name(arguments.model or (old.model if old else "") or MODEL)
+    model = _load(name)
+    from polymodal.retrieve.index import Index
+
+    index = Index.open(path) if exists and not rebuild else Index.create(path, model, name=name, overwrite=True)
+    with _bar("indexing") as show:
+        report = index.update(model, folders, progress=lambda p: show(p.done, p.total), workers=arguments.workers)
+    if arguments.json:
+        _print_json({**vars(report), "index": str(path), "pictures": index.stats().pictures})
+    else:
+        _print_report(report, index.stats().pictures, path)
+    return 0
+
+
+def _print_report(report: Report, pictures: int, path: Path) -> None:
+    parts = [f"{getattr(report, what):,} {what}" for what in ("added", "changed", "moved", "deleted", "unchanged")]
+    embedded = report.added + report.changed
+    rate = f", {embedded / report.seconds:,.0f} pictures/s" if embedded else ""
+    print(f"{pictures:,} pictures in {plain(str(path))}: {', '.join(parts)} ({report.seconds:.1f} s{rate})")
+    if report.failed:
+        print(f"{len(report.failed):,} could not be indexed; they are tried again when they change:")
+        for name, reason in report.failed[:SHOWN_FAILURES]:
+            print(f"  {plain(name)}: {plain(reason)}")
+        if len(report.failed) > SHOWN_FAILURES:
+            print(f"  ... and {len(report.failed) - SHOWN_FAILURES:,} more; --json lists all")
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    _need_store()
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from polymodal.retrieve.filters import to_sql
+    from polymodal.retrieve.reader import Meta
+
+    path = _index_path(arguments)
+    meta = Meta.read(path)
+    if arguments.filter:
+        to_sql(arguments.filter)  # a mistake is told before anything is loaded
+    name = _model_name(arguments.model or meta.model or MODEL)
+    query = arguments.words if arguments.image is None else Path(arguments.image).expanduser()
+    # The store takes as long to import as torch does: each gets a core.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_ignore_interrupts) as pool:
+        pool.submit(_open, path)
+        model = _load(name)
+        meta.check(path, model.fingerprint)
+        from polymodal.core.sample import Image, Text
+
+        part = Text(query) if isinstance(query, str) else Image(query)
+        vector = model.embed([part])[0].tolist()
+        wants_page = arguments.html is not None
+        found = pool.submit(_find, path, vector, arguments.top, arguments.filter, wants_page)
+        hits, thumbnails, pictures = found.result()
+    title = query if isinstance(query, str) else query.name
+    if wants_page:
+        _write_page(Path(arguments.html), title, query, hits, thumbnails, f"of {pictures:,} pictures, by {name}")
+    if arguments.json:
+        _print_json({"query": str(query), "model": name, "index": str(path), "hits": [_hit_json(h) for h in hits]})
+    else:
+        _print_hits(title, hits)
+        if wants_page:
+            print(f"page: {plain(str(Path(arguments.html).resolve()))}")
+    return 0
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends this one
+
+
+_reader: Reader | None = None
+
+
+def _open(path: Path) -> None:
+    global _reader
+    from polymodal.retrieve.reader import Reader
+
+    _reader = Reader.open(path)
+
+
+def _find(
+    path: Path, vector: list[float], top: int, where: str | None, page: bool
+) -> tuple[list[Hit], dict[str, bytes], int]:
+    if _reader is None:
+        _open(path)
+    assert _reader is not None
+    hits = _reader.nearest(vector, top=top, where=where)
+    return hits, _reader.thumbnails([h.path for h in hits]) if page else {}, _reader.store.pictures.count_rows()
+
+
+def _write_page(
+    target: Path, title: str, query: str | Path, hits: list[Hit], thumbnails: dict[str, bytes], about: str
+) -> None:
+    from polymodal.core.files import atomic_write
+    from polymodal.retrieve.gallery import Shelf, page
+
+    picture = None
+    if isinstance(query, Path):
+        from polymodal.core.sample import Image
+        from polymodal.modalities.image import decode
+        from polymodal.retrieve.ingest import THUMBNAIL, jpeg, thumbnail
+
+        picture = jpeg(thumbnail(decode(Image(query)), THUMBNAIL))
+    shelf = Shelf(query=title, hits=hits, picture=picture)
+    atomic_write(target.expanduser(), page(title, f"the {len(hits)} nearest {about}", [shelf], thumbnails))
+
+
+def _hit_json(hit: Hit) -> dict[str, Any]:
+    return {
+        "path": hit.path,
+        "score": hit.score,
+        "width": hit.size[0],
+        "height": hit.size[1],
+        "bytes": hit.bytes,
+        "time": hit.time.isoformat() if hit.time else None,
+        "duplicates": list(hit.duplicates),
+    }
+
+
+def _print_hits(title: str, hits: Sequence[Hit], marks: frozenset[str] = frozenset(), root: Path | None = None) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from polymodal.retrieve.gallery import size_text
+
+    if not hits:
+        print(f"{plain(title)}: nothing was found")
+        return
+    table = Table(title=Text(plain(title), style="bold"), title_justify="left", box=None, pad_edge=False)
+    table.add_column("", justify="right", style="dim")
+    table.add_column("score", justify="right", style="cyan")
+    table.add_column("file", overflow="fold")
+    table.add_column("size", justify="right", style="dim", no_wrap=True)
+    if marks:
+        table.add_column("")
+    for rank, hit in enumerate(hits, 1):
+        name = Text(plain(_short(hit.path, root or Path.cwd())))
+        if hit.duplicates:
+            name.append(f"  +{len(hit.duplicates)} near-duplicate{'s' * (len(hit.duplicates) > 1)}", style="dim")
+        row: list[str | Text] = [
+            str(rank),
+            f"{hit.score:.3f}",
+            name,
+            f"{hit.size[0]}x{hit.size[1]}  {size_text(hit.bytes)}",
+        ]
+        if marks:
+            row.append(Text("never seen in training" if hit.path in marks else "", style="green"))
+        table.add_row(*row)
+    _console().print(table)
+
+
+def _short(path: str, root: Path) -> str:
+    return os.path.relpath(path, root) if Path(path).is_relative_to(root) else path
+
+
+def _classify(arguments: argparse.Namespace) -> int:
+    labels = [label.strip() for label in arguments.labels.split(",") if label.strip()]
+    name = _model_name(arguments.model or MODEL)
+    model = _load(name)
+    from polymodal.core.sample import Image
+    from polymodal.retrieve.zeroshot import TEMPLATES, Matches, classify
+
+    if not isinstance(model, Matches):
+        raise ConfigError(f"{name} does not compare pictures with words; take a CLIP or a SigLIP")
+    images = [Image(Path(p).expanduser()) for p in arguments.pictures]
+    templates = arguments.template or TEMPLATES
+    shares = classify(model, images, labels, templates=templates, calibrate=arguments.calibrate)
+    rows: list[dict[str, Any]] = [
+        {
+            "path": path,
+            "labels": [{"label": labels[i], "probability": float(share[i])} for i in share.argsort(descending=True)],
+        }
+        for path, share in zip(arguments.pictures, shares, strict=True)
+    ]
+    if arguments.json:
+        _print_json(rows)
+        return 0
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("file", overflow="fold")
+    for place in range(min(3, len(labels))):
+        table.add_column(("label", "then", "then")[place], overflow="fold")
+    for row in rows:
+        best = [Text(f"{plain(r['label'])} {100 * r['probability']:.0f} %") for r in row["labels"][:3]]
+        table.add_row(Text(plain(row["path"])), *best)
+    _console().print(table)
+    return 0
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    if (arguments.out is None) == (not arguments.json):
+        raise ConfigError("say where the vectors go: --out FILE.npy, --out FILE.safetensors, or --json")
+    out = Path(arguments.out).expanduser() if arguments.out else None
+    if out is not None and out.suffix not in (".npy", ".safetensors"):
+        raise ConfigError(f"{out}: vectors are written as .npy or .safetensors")
+    model = _load(_model_name(arguments.model or MODEL))
+    from polymodal.core.files import atomic_path
+    from polymodal.core.sample import Image
+
+    images = [Image(Path(p).expanduser()) for p in arguments.files]
+    done = 0
+    with _bar("embedding") as show:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            show(done, len(images))
+
+        vectors = model.embed(images, progress=advance).contiguous()
+    if out is None:
+        _print_json([{"path": p, "vector": v} for p, v in zip(arguments.files, vectors.tolist(), strict=True)])
+        return 0
+    with atomic_path(out) as temporary:
+        if out.suffix == ".npy":
+            import numpy as np
+
+            with temporary.open("wb") as file:
+                np.save(file, vectors.numpy(), allow_pickle=False)
+        else:
+            from safetensors.torch import save_file
+
+            save_file({"vectors": vectors}, temporary, {"paths": json.dumps(arguments.files)})
+    print(f"{len(vectors)} vectors of {vectors.shape[1]} numbers in {plain(str(out))}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    sys.path.insert(0, os.getcwd())  # a recipe may import its neighbours
+    from polymodal.train import fit, load_run
+
+    run = load_run(arguments.recipe)
+    out = Path(arguments.out or f"runs/{run.name}")
+    result = fit(run, out, resume=not arguments.fresh, until_step=arguments.until_step, device=arguments.device)
+    print(f"{run.name}: step {result.step} of {run.steps}, loss {result.loss:.4f}, in {plain(str(result.folder))}")
+    for name, value in result.metrics.items():
+        bar = run.expect.get(name)
+        print(f"  {name:<28} {value:.4f}" + (f"  (bar {bar.value}, chance {bar.chance})" if bar else ""))
+    missed = [name for name, reached in result.reached.items() if not reached] if result.finished else []
+    if missed:
+        print(f"polymodal: below the bar: {', '.join(missed)}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    from importlib import resources
+
+    from polymodal.systems import TABLE
+    from polymodal.weights.hub import shipped
+
+    file = resources.files("polymodal.systems") / "proofs.json"
+    proofs: dict[str, dict[str, str]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    names = [arguments.system] if arguments.system else list(TABLE)
+    rows = [_system(TABLE[name], proofs.get(name, {})) for name in names]
+    models = {name: str(path) for name, path in shipped().items()}
+    if arguments.json:
+        _print_json({"systems": rows, "shipped": models})
+        return 0
+    from rich.table import Table
+
+    if arguments.system:
+        _print_system(rows[0])
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for column in ("system", "paper", "year", "verbs", "presets", "proven"):
+        table.add_column(column, overflow="fold", style="bold" if column == "system" else "")
+    for row in rows:
+        passed = sum(outcome == "passed" for outcome in row["proofs"].values())
+        proven = f"{passed} of {len(row['proofs'])}" if row["proofs"] else "not run"
+        table.add_row(
+            row["name"], row["paper"], str(row["year"]), " ".join(row["verbs"]), str(len(row["presets"])), proven
+        )
+    _console().print(table)
+    print("\nshipped models: " + (", ".join(models) or "none"))
+    print("polymodal ls SYSTEM lists its presets and what each proof is")
+    return 0
+
+
+def _system(entry: Any, proofs: dict[str, str]) -> dict[str, Any]:
+    from polymodal.core.verbs import verbs_of
+
+    cls = entry.resolve()
+    presets = getattr(sys.modules[cls.__module__], "PRESETS", {})
+    return {
+        "name": entry.name,
+        "paper": entry.paper,
+        "year": entry.year,
+        "url": entry.url,
+        "verbs": list(verbs_of(cls)),
+        "presets": list(presets),
+        "proofs": proofs,
+    }
+
+
+def _print_system(row: dict[str, Any]) -> None:
+    print(f"{row['name']}: {row['paper']} ({row['year']}), {row['url']}")
+    print(f"verbs: {', '.join(row['verbs'])}")
+    print("presets:", *[f"\n  {preset}" for preset in row["presets"]] or ["none"])
+    print("proofs:", *[f"\n  {outcome:<8} {claim}" for claim, outcome in row["proofs"].items()] or ["not run"])
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from polymodal.weights.verify import verify
+
+    certificate = verify(arguments.name)
+    print(certificate)
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    _need_store()
+    from polymodal import demo
+
+    folder = Path(arguments.folder)
+    print("Drawing pictures from installed fonts (the first time takes some seconds) ...", flush=True)
+    with _bar("indexing") as show:
+        done = demo.run(folder, progress=lambda p: show(p.done, p.total))
+    report = done.report
+    print(
+        f"{report.added + report.unchanged:,} pictures in {plain(str(done.pictures))}, {len(done.unseen):,} of them "
+        f"never seen in training; {report.added:,} indexed now, in {report.seconds:.1f} s\n"
+    )
+    for search in done.searches:
+        _print_hits(f"{search.query}  ({1000 * search.seconds:.0f} ms)", search.hits, done.unseen, done.pictures)
+        print()
+    print(f"The same as a page: {plain(str(done.page))}")
+    ours = shlex.join(["polymodal", "search", "a yellow animal", "--index", os.path.relpath(folder / "index")])
+    print(f"Ask it more:        {ours}\nYour own pictures:  polymodal index ~/Pictures")
+    return 0
+
+
+# ---- shared ----
+
+
+def _need_store() -> None:
+    if importlib.util.find_spec("lancedb") is None:
+        raise MissingDependency("an index", "lancedb", "search")
+
+
+def _index_path(arguments: argparse.Namespace) -> Path:
+    from polymodal.retrieve.reader import default_path
+
+    return Path(arguments.index or default_path()).expanduser().resolve()
+
+
+def _model_name(name: str) -> str:
+    """What an index may remember: a folder by its whole path."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
+
+
+def _load(name: str) -> Any:
+    from polymodal.api import load
+    from polymodal.core.verbs import Embeds
+
+    model = load(name, precision="auto")
+    if not isinstance(model, Embeds):
+        raise ConfigError(f"{name} gives no vectors; take a CLIP or a SigLIP")
+    return model
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))  # ASCII only, so that odd file names survive any pipe
+
+
+def _console(*, stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+@contextlib.contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A live bar on the error stream, where that is a terminal. Yields ``show(done, total)``."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        ProgressColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bar
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed:,.0f} pictures/s" if speed else "", style="dim")
+
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate()]
+    console = _console(stderr=True)
+    with Bar(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# ---- parsing ----
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from polymodal import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="polymodal",
+        description="Find pictures by words on this machine; train, load and check the models that do it.",
+        epilog="""\
+a first look:
+  polymodal demo                          pictures, an index and five searches, from nothing
+  polymodal index ~/Pictures              then:
+  polymodal search "a dog on the beach"
+
+polymodal COMMAND --help teaches each command with examples.""",
+        formatter_class=_Help,
+    )
+    parser.add_argument("--version", action="version", version=f"polymodal {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], purpose: str, examples: str) -> Any:
+        sub = commands.add_parser(
+            name,
+            help=purpose,
+            description=purpose[0].upper() + purpose[1:] + ".",
+            epilog=examples,
+            formatter_class=_Help,
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+        return sub
+
+    def with_model(sub: Any, default: str = MODEL) -> None:
+        sub.add_argument(
+            "--model", metavar="NAME", help=f"a shipped model, a folder or a Hub name (default: {default})"
+        )
+
+    def with_index(sub: Any) -> None:
+        sub.add_argument(
+            "--index", metavar="PATH", help="default: $POLYMODAL_INDEX, else ~/.local/share/polymodal/index"
+        )
+
+    def with_json(sub: Any) -> None:
+        sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command(
+        "index",
+        _index,
+        "make pictures searchable, or bring the index up to date with their folders",
+        """\
+Only what changed is read again: files of known size and time are not opened, moved files keep their
+vectors, deleted ones leave. It may be interrupted or killed at any time; the same command goes on.
+Broken and hostile files are listed at the end and never fatal.
+
+examples:
+  polymodal index ~/Pictures ~/Scans        add two folders
+  polymodal index                           bring all known folders up to date
+  polymodal index ~/Pictures --model openai/clip-vit-base-patch32 --rebuild""",
+    )
+    sub.add_argument("folders", nargs="*", metavar="DIR", help="folders to look through (default: all known ones)")
+    with_index(sub)
+    with_model(sub, f"that of the index, else {MODEL}")
+    sub.add_argument("--rebuild", action="store_true", help="empty the index first and fill it with this model")
+    sub.add_argument("--workers", type=_count, metavar="N", help="decoding threads (default: one a core)")
+    with_json(sub)
+
+    from polymodal.retrieve.filters import GRAMMAR
+
+    sub = command(
+        "search",
+        _search,
+        "find pictures by words or by a picture",
+        f"""\
+The score is the cosine between the query and the picture. Near-duplicates stand under the best of
+them: the same file content, or a cosine of at least 0.985 to a better hit.
+
+filters:
+{GRAMMAR}
+
+examples:
+  polymodal search "a red fruit" --top 5
+  polymodal search --image cat.jpg --html cats.html
+  polymodal search "a beach" --filter 'width>=640 and path~"holiday"' --json""",
+    )
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("words", nargs="?", metavar="WORDS", help="what the pictures should show")
+    what.add_argument("--image", metavar="FILE", help="find pictures like this one")
+    sub.add_argument("--top", type=_count, default=20, metavar="N", help="how many (default: 20)")
+    sub.add_argument("--filter", metavar="TEST", help="only pictures that pass a test, see below")
+    sub.add_argument("--html", metavar="FILE", help="also write a gallery: one file that works offline")
+    with_json(sub)
+    with_index(sub)
+    with_model(sub, "that of the index")
+
+    sub = command(
+        "classify",
+        _classify,
+        "put pictures into classes that you name",
+        """\
+Each label is framed by a few sentences ("a picture of {}", ...) and their mean is compared with the
+picture. The shares are calibrated in this sense: they are the softmax, over your labels, of the
+model's own logits at the temperature it was trained with, so they add up to 100 % and say nothing
+about labels that you did not name. --calibrate also divides by the share that the model gives each
+label for pictures that show nothing (grey, black, white, noise), which takes away its liking for
+some of the words.
+
+examples:
+  polymodal classify cat.jpg --labels cat,dog,horse
+  polymodal classify *.png --labels "a cat,a dog" --template "a blurry photo of {}" --json""",
+    )
+    sub.add_argument("pictures", nargs="+", metavar="IMG")
+    sub.add_argument("--labels", required=True, metavar="A,B,C", help="at least two, with commas between them")
+    sub.add_argument(
+        "--template", action="append", metavar="TEXT", help="a sentence with {} for the label; may be given again"
+    )
+    sub.add_argument("--calibrate", action="store_true", help="take away what the model sees in empty pictures")
+    with_json(sub)
+    with_model(sub)
+
+    sub = command(
+        "embed",
+        _embed,
+        "write the vectors of pictures",
+        """\
+A row a picture, in the order given, each of length 1.
+
+examples:
+  polymodal embed *.jpg --out vectors.npy
+  polymodal embed a.png b.png --out vectors.safetensors     the paths are in its metadata
+  polymodal embed a.png --json""",
+    )
+    sub.add_argument("files", nargs="+", metavar="FILE")
+    sub.add_argument("--out", metavar="FILE", help="a .npy or .safetensors file")
+    with_json(sub)
+    with_model(sub)
+
+    sub = command(
+        "train",
+        _train,
+        "train the run of a recipe, going on where it was interrupted",
+        """\
+A recipe is a Python file with a function `run` that returns a polymodal.train.Run. The exit status
+is 1 when the run ends below a bar that the recipe sets.
+
+examples:
+  polymodal train recipes/nano/clip.py
+  polymodal train recipes/nano/clip.py --out runs/trial --until-step 100""",
+    )
+    sub.add_argument("recipe", metavar="PATH", help="a recipe's file or dotted module")
+    sub.add_argument("--out", metavar="DIR", help="default: runs/ and the name of the run")
+    sub.add_argument("--fresh", action="store_true", help="start over instead of going on")
+    sub.add_argument("--until-step", type=_count, metavar="N", help="stop there, with a checkpoint")
+    sub.add_argument("--device", metavar="NAME", help="default: a GPU if there is one")
+
+    sub = command(
+        "ls",
+        _ls,
+        "list the systems, their presets, what is proven of each, and the shipped models",
+        """\
+examples:
+  polymodal ls
+  polymodal ls clip
+  polymodal ls --json""",
+    )
+    sub.add_argument("system", nargs="?", metavar="SYSTEM", help="show one in full")
+    with_json(sub)
+
+    sub = command(
+        "verify",
+        _verify,
+        "check a checkpoint and write what agrees with the reference implementation",
+        """\
+Loads it, checks names, shapes, dtypes and every field of its config, and runs the reference
+implementation where that is installed.
+
+examples:
+  polymodal verify polymodal/nano-clip
+  polymodal verify ~/models/clip-vit-base-patch32""",
+    )
+    sub.add_argument("name", metavar="NAME_OR_PATH")
+
+    sub = command(
+        "demo",
+        _demo,
+        "draw pictures, index them and find them by words, from nothing",
+        """\
+The pictures come from emoji fonts of this machine; some of them, and one whole artist, were never
+seen in training, and are marked. Nothing is downloaded and nothing is opened.
+
+examples:
+  polymodal demo
+  polymodal demo --folder ~/polymodal-demo""",
+    )
+    sub.add_argument("--folder", default="demo", metavar="DIR", help="where to put it all (default: demo)")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
