@@ -16,7 +16,7 @@ from polymodal.systems.clip import CLIP, CLIPConfig
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
 from recipes.nano.pictures import CONTEXT, SIZE, Captions, Questions, tokenizer
 
-STEPS = 3000
+STEPS = 2000
 
 
 def config(vocab_size: int) -> CLIPConfig:
@@ -60,7 +60,7 @@ def run(steps: int = STEPS, batch_size: int = 256) -> Run:
         stages=[
             Stage(
                 name="contrast", steps=steps, batch_size=batch_size, source=source, lr=1e-3,
-                schedule=Cosine(warmup=min(300, steps // 10)), weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, clip=1.0,
+                schedule=Cosine(warmup=min(200, steps // 10)), weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, clip=1.0,
                 ema=0.999, precision="bf16", workers=1,
             )
         ],

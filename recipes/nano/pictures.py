@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int, UInt8
+from PIL import Image as PILImage
 from torch import Tensor
 
 from polymodal.core.batch import Batch
@@ -16,8 +18,8 @@ from polymodal.core.sample import Sample
 from polymodal.data.worlds import pictograms, shapes
 from polymodal.data.worlds.pictograms import Pictograms
 from polymodal.evaluate.retrieval import ranks
-from polymodal.modalities.image import ImageProcessor
-from polymodal.tokenizers.text import TextTokenizer
+from polymodal.modalities.image import ImageProcessor, PatchProcessor
+from polymodal.tokenizers.text import Pad, TextTokenizer
 
 SIZE = 56
 CONTEXT = 32
@@ -32,21 +34,33 @@ def world() -> Pictograms:
     return Pictograms.load()
 
 
-@lru_cache(maxsize=2)
-def tokenizer(pad: str = "longest") -> TextTokenizer:
-    """Byte-level BPE learned on training captions only; the same on every machine."""
+@lru_cache(maxsize=1)
+def _learned() -> TextTokenizer:
     rng = np.random.default_rng(0)
     records = [world().records[i] for i in world().split("train")]
     texts = [pictograms.caption(r, rng) for r in records for _ in range(4)]
     texts += [shapes.describe(shapes.scene(rng), rng) for _ in range(500)]
-    return replace(TextTokenizer.train_bpe(texts, VOCAB, length=CONTEXT), pad=pad)
+    return TextTokenizer.train_bpe(texts, VOCAB)
+
+
+def tokenizer(length: int = CONTEXT, pad: Pad = "longest") -> TextTokenizer:
+    """Byte-level BPE learned on training captions only; the same on every machine."""
+    return replace(_learned(), length=length, pad=pad)
+
+
+def as_batch(images: ImageProcessor | PatchProcessor, pixels: UInt8[Tensor, "batch 3 height width"]) -> Batch:
+    """Pictures that are already as large as a system reads them, in the form in which it reads them."""
+    if isinstance(images, ImageProcessor):
+        return Batch(pixels=images.normalise(pixels))
+    patches, mask, shapes = images.from_pil([PILImage.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels])
+    return Batch(patches=patches, mask=mask, shapes=shapes)
 
 
 @dataclass(frozen=True)
 class Captions:
     """Pictograms on random backgrounds and scenes of shapes, each with a caption drawn anew."""
 
-    images: ImageProcessor
+    images: ImageProcessor | PatchProcessor
     tokenizer: TextTokenizer
 
     @cached_property
@@ -57,7 +71,10 @@ class Captions:
     def __len__(self) -> int:
         return len(self._rows) + SCENES
 
-    def batch(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
+    def raw(
+        self, indices: Sequence[int], rng: np.random.Generator
+    ) -> tuple[UInt8[Tensor, "batch 3 size size"], Int[Tensor, "batch tokens"]]:
+        """Pictures of `SIZE` pixels and the ids of their captions."""
         index = np.asarray(indices)
         drawn = self._rows[index[index < len(self._rows)]]
         pixels = [pictograms.compose(world().rgba(drawn), rng, SIZE)] if len(drawn) else []
@@ -68,7 +85,11 @@ class Captions:
             pixels.append(torch.from_numpy(rendered).permute(0, 3, 1, 2))
             texts += [shapes.describe(s, rng) for s in scenes]
         ids, _ = self.tokenizer(texts)
-        return Batch(pixels=self.images.normalise(torch.cat(pixels)), ids=ids)
+        return torch.cat(pixels), ids
+
+    def batch(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
+        pixels, ids = self.raw(indices, rng)
+        return Batch(as_batch(self.images, pixels) | {"ids": ids})
 
 
 class Questions:
@@ -86,7 +107,7 @@ class Questions:
         return self._pixels([pictograms.plain(c, SIZE) for c in chunks])
 
     def _pixels(self, chunks: Sequence[Tensor]) -> Tensor:
-        return torch.cat([self.model.encode(Batch(pixels=self.model.images.normalise(c))) for c in chunks])
+        return torch.cat([self.model.encode(as_batch(self.model.images, chunk)) for chunk in chunks])
 
     def _by_name(self, rows: np.ndarray, language: str = "en") -> dict[str, float]:
         """Text to picture among ``rows``; every picture of the same name counts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,11 @@ from polymodal.evaluate.probe import linear_probe, nearest_neighbours
 from polymodal.modalities.image import ImageProcessor
 
 KNOWN, ASKED = 2000, 1000
+# The best that one constant answer scores on the held-out pairs.
+CHANCE = {
+    name: max(Counter(pair[i] for pair in shapes.HELD_OUT).values()) / len(shapes.HELD_OUT)
+    for i, name in enumerate(("colour", "shape"))
+}
 
 
 def render(scenes: Sequence[shapes.Scene], size: int) -> UInt8[Tensor, "scenes 3 size size"]:
@@ -37,7 +43,7 @@ def close_up(rng: np.random.Generator, *, held_out: bool = False) -> shapes.Scen
 class Questions:
     """Which shape a lone object has, in pairs of colour and shape that nobody has seen; and its colour.
 
-    The probes are fitted to scenes of known pairs. A model that has only learned which colour goes with which shape fails.
+    The probes are fitted to scenes of known pairs: having learned which colour goes with which shape does not help.
     """
 
     known: list[shapes.Scene]
@@ -62,6 +68,11 @@ class Questions:
             found[f"{name}/probe"] = linear_probe(known, labels, asked, answers).value
             found[f"{name}/neighbours"] = nearest_neighbours(known, labels, asked, answers).value
         return found
+
+    def compare(self, model: Embeds, untrained: Embeds, images: ImageProcessor, size: int) -> dict[str, float]:
+        """What `ask` gives, beside the same of an untrained network: random features know colours, too."""
+        without = self.ask(untrained, images, size)
+        return self.ask(model, images, size) | {f"untrained/{name}": value for name, value in without.items()}
 
     @torch.no_grad()
     def _vectors(

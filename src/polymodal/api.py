@@ -45,7 +45,7 @@ def identify(folder: Path) -> tuple[type[System], str]:
     config = read_json(folder / "config.json")
     model_type = config.get("model_type") if isinstance(config, dict) else None
     known = {t: entry for entry in TABLE.values() for t in entry.model_types}
-    if model_type not in known:
+    if not isinstance(model_type, str) or model_type not in known:
         raise ConfigError(
             f"{folder / 'config.json'}: no system reads model_type {model_type!r}{did_you_mean(str(model_type), known)}"
         )

@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, 1 for an error that is the user's to mend, 130 for Ctrl-C; 2 for usage exits."""
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return arguments.run(arguments)
     except PolymodalError as error:
         if arguments.debug:
             raise
@@ -41,6 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has enough. Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    print("polymodal: " + plain(str(message), keep="\n"), file=sys.stderr)
 
 
 def plain(text: str, keep: str = "") -> str:

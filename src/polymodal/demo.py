@@ -18,8 +18,10 @@ from polymodal.core.sample import Image
 from polymodal.core.verbs import Embeds
 from polymodal.data.worlds import pictograms
 from polymodal.data.worlds.pictograms import Pictograms
+from polymodal.modalities.image import decode
 from polymodal.retrieve.gallery import Shelf, page
 from polymodal.retrieve.index import Index, Progress, Report
+from polymodal.retrieve.ingest import jpeg
 from polymodal.retrieve.reader import Hit
 
 MODEL = "polymodal/nano-clip"
@@ -64,8 +66,9 @@ def run(folder: Path, *, progress: Callable[[Progress], None] | None = None) -> 
     index = _index(folder / "index", model)
     report = index.update(model, [folder / "pictures"], progress=progress)
     searches = [_search(index, model, query) for query in QUERIES]
-    asked = folder / "pictures" / ARTISTS[1] / f"{ASKED_WITH}.png"
-    searches.append(_search(index, model, f"pictures like this {ASKED_WITH}, by another hand", asked))
+    asked = folder / "asked.png"
+    _draw_question(asked)
+    searches.append(_search(index, model, f"pictures like asked.png (a {ASKED_WITH} by the unknown artist)", asked))
     target = folder / "search.html"
     atomic_write(target, _page(index, searches, unseen))
     return Demo(pictures=folder / "pictures", unseen=unseen, report=report, searches=searches, page=target)
@@ -92,6 +95,15 @@ def draw(folder: Path) -> frozenset[str]:
     return frozenset(path for path, row in names.items() if row not in trained)
 
 
+def _draw_question(path: Path) -> None:
+    """A picture to ask with: an outline by the artist that the model does not know, tilted, on some ground."""
+    world = Pictograms.load(artists=ARTISTS)
+    row = next(i for i, r in enumerate(world.records) if (r.artist, r.name) == (ARTISTS[1], ASKED_WITH))
+    picture = pictograms.compose(world.rgba([row]), np.random.default_rng(3), SIZE)[0].permute(1, 2, 0).numpy()
+    with atomic_path(path) as temporary:
+        PILImage.fromarray(np.ascontiguousarray(picture)).save(temporary, "PNG")
+
+
 def _index(path: Path, model: Embeds) -> Index:
     try:
         index = Index.open(path)
@@ -103,29 +115,25 @@ def _index(path: Path, model: Embeds) -> Index:
 
 def _search(index: Index, model: Embeds, query: str, picture: Path | None = None) -> Search:
     started = time.monotonic()
-    hits = index.search(query if picture is None else Image(picture), model=model, top=SHOWN + 1)
-    seconds = time.monotonic() - started
-    return Search(
-        query=query, hits=[h for h in hits if h.path != str(picture)][:SHOWN], seconds=seconds, picture=picture
-    )
+    hits = index.search(query if picture is None else Image(picture), model=model, top=SHOWN)
+    return Search(query=query, hits=hits, seconds=time.monotonic() - started, picture=picture)
 
 
 def _page(index: Index, searches: list[Search], unseen: frozenset[str]) -> str:
-    wanted = [h.path for s in searches for h in s.hits] + [str(s.picture) for s in searches if s.picture]
-    thumbnails = index.thumbnails(sorted(set(wanted)))
-    badges = {path: UNSEEN for path in wanted if path in unseen}
+    thumbnails = index.thumbnails(sorted({h.path for s in searches for h in s.hits}))
+    badges = {path: UNSEEN for path in thumbnails if path in unseen}
     shelves = [
         Shelf(
             query=s.query,
             hits=s.hits,
             note=f"{1000 * s.seconds:.0f} ms",
-            picture=thumbnails.get(str(s.picture)),
+            picture=jpeg(decode(Image(s.picture))) if s.picture else None,
             badges=badges,
         )
         for s in searches
     ]
     about = (
-        f"{index.stats().pictures:,} pictures found by what they show: {MODEL} sees pixels, never file names. Green: "
-        f"pictures it was not trained on."
+        f"{index.stats().pictures:,} pictures found by what they show: {MODEL} sees pixels, never file names. "
+        "Green: pictures that it was not trained on."
     )
     return page("Pictures by words", about, shelves, thumbnails)

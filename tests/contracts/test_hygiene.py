@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 MAX_BYTES = 1_000_000
 # Files above the limit, each with the reason why it is in the tree.
 LARGE = {
-    "src/polymodal/shipped/nano-clip/model.safetensors": "the shipped model, at most 8 MB, without which nothing works offline",
+    "src/polymodal/shipped/nano-clip/model.safetensors": "the shipped model (8 MB): without it nothing works offline",
 }
 
 # Written in pieces, so that this file does not find itself.
@@ -43,7 +43,7 @@ def tracked() -> list[Path]:
         out = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         names = [name for name in out.split("\0") if name]
     else:
-        left_out = {".venv", "build", "dist", "demo", "runs", "__pycache__"}
+        left_out = {"build", "dist", "demo", "runs", "__pycache__"}
         names = []
         for folder, inside, found in os.walk(ROOT):
             inside[:] = [d for d in inside if d not in left_out and (d == ".ci" or not d.startswith("."))]

@@ -86,7 +86,10 @@ class Trains(Protocol):
         ...
 
     def blocks(self) -> Iterable[nn.Module]:
-        """The repeated layers: the units that sharding gathers and frees one at a time."""
+        """The repeated layers: the units that sharding gathers and frees one at a time.
+
+        What others call of a block is `forward` or named ``forward_...``: those are where it is gathered.
+        """
         ...
 
 

@@ -269,8 +269,9 @@ class _Update:
                         self.failed.append((item.file.path, item.reason))
                 self._tell(len(batch))
                 if len(done) >= COMMIT_ROWS or time.monotonic() - committed >= COMMIT_SECONDS:
-                    self._commit(done, failed)
-                    done, failed = [], []
+                    # Taken away first: an interrupt may come when the rows are in the table, and they go in once.
+                    rows, refused, done, failed = done, failed, [], []
+                    self._commit(rows, refused)
                     committed = time.monotonic()
         finally:  # also when interrupted: what is finished is kept
             self._commit(done, failed)

@@ -21,7 +21,7 @@ from polymodal.retrieve.filters import any_path
 FLAT_ROWS = 20_000  # below this an exact scan answers within 0.1 s and nothing has to be trained
 TAIL_ROWS = 2_000  # rows that the vector index may not know yet; they are scanned exactly beside it
 FRAGMENTS = 32  # files a table may be in pieces of before they are put together
-PROBES, CANDIDATES = 40, 200  # partitions visited; rows whose exact distance is computed (recall@10 > 0.999 at 100,000)
+PROBES, CANDIDATES = 40, 160  # partitions visited; rows compared exactly: recall@10 > 0.999 at 100,000
 # A search that began before a compaction still reads the old files; none lasts this long.
 KEEP_VERSIONS = dt.timedelta(minutes=10)
 FRESH = dt.timedelta(seconds=2)  # how soon a reader sees what another process wrote

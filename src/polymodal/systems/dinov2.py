@@ -273,7 +273,7 @@ def read_hf(raw: Mapping[str, Any]) -> tuple[DINOv2Config, dict[str, str]]:
 
 def write_hf(c: DINOv2Config) -> dict[str, Any]:
     v, swiglu = c.vision, c.vision.activation == "swiglu"
-    ratios = [r for r in range(1, 17) if (swiglu_dim(v.dim, r) if swiglu else r * v.dim) == v.hidden_dim]
+    ratios = [r for r in range(1, 17) if (swiglu_dim(v.dim, float(r)) if swiglu else r * v.dim) == v.hidden_dim]
     if not ratios or v.num_registers:
         raise ConfigError(
             "on the Hub, registers are not supported and hidden_dim is a multiple of dim (2/3 for SwiGLU)"

@@ -74,6 +74,7 @@ def preset(dim: int, layers: int, heads: int, patch: int = 16) -> MAEConfig:
             norm_eps=1e-12,
         ),
         decoder=PatchDecoderConfig(norm_eps=1e-12),
+        norm_targets=False,  # so the published configs, whatever the weights were trained with
     )  # fmt: skip
 
 

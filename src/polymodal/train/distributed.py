@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,11 +35,11 @@ class Place:
     world: int = 1
 
 
-@contextlib.contextmanager
-def session(parallel: Parallel | None, device: str | None) -> Iterator[Place]:
-    """Joins the process group that a launcher such as torchrun describes in the environment, and leaves it at the end.
+def join(parallel: Parallel | None, device: str | None) -> Place:
+    """Joins the process group that a launcher such as torchrun describes in the environment, if ``parallel`` says so.
 
-    A group that exists already is used and left alone. gloo serves CPUs, NCCL serves GPUs.
+    A group that exists already is used. Ours lives to the end of the process: a second one would read the addresses
+    that the first has left at the launcher. gloo serves CPUs, NCCL serves GPUs.
 
     Raises:
         TrainError: several processes without ``parallel``, or ``parallel`` without a launcher.
@@ -51,24 +52,17 @@ def session(parallel: Parallel | None, device: str | None) -> Iterator[Place]:
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(where)
-    ours = False
-    if not dist.is_initialized():
-        launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-        if parallel is not None and not launched:
-            raise TrainError(
-                f"parallel={parallel!r} needs a launcher: torchrun --nproc-per-node=2 -m polymodal train ... "
-                f"--parallel {parallel}"
-            )
-        if launched and parallel is not None:
-            dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-            ours = True
-    try:
-        if parallel is None and (is_distributed() or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+    if parallel is None:
+        if is_distributed() or int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise TrainError("several processes would each train alone: pass parallel='ddp' or 'fsdp'")
-        yield Place(device=where, rank=rank(), world=world_size())
-    finally:
-        if ours:
-            dist.destroy_process_group()
+    elif not dist.is_initialized():
+        if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+            raise TrainError(
+                f"parallel={parallel!r} needs a launcher: torchrun --nproc-per-node=2 and the script that calls fit"
+            )
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return Place(device=where, rank=rank(), world=world_size())
 
 
 class Single:
@@ -136,6 +130,9 @@ class Sharded(Single):
         whole = {p for p in model.parameters() if p.ndim == 0}
         for block in model.blocks():
             fully_shard(block, mesh=mesh, ignored_params=whole)
+            for method in dir(type(block)):
+                if method.startswith("forward_"):
+                    register_fsdp_forward_method(block, method)
         self.root = fully_shard(model, mesh=mesh, ignored_params=whole)
         assert isinstance(self.root, FSDPModule)
         for verb in verbs_of(type(model)):

@@ -22,7 +22,7 @@ from polymodal.core.verbs import Trains
 from polymodal.data.loader import Item, Loader, shorten
 from polymodal.train import checkpoint, report
 from polymodal.train.checkpoint import State
-from polymodal.train.distributed import Parallel, Place, Single, agree, gradient_norm, local, parallelise, session
+from polymodal.train.distributed import Parallel, Place, Single, agree, gradient_norm, join, local, parallelise
 from polymodal.train.log import Curve, Display
 from polymodal.train.run import Run, Stage, build, learning_rates
 
@@ -33,7 +33,7 @@ Log = Callable[[dict[str, Any]], None]
 class Result:
     """What a run came to."""
 
-    model: nn.Module  # with its final (averaged, if the last stage has an EMA) weights, in eval mode
+    model: nn.Module  # whole on every process, in eval mode; averaged where its last stage had an EMA
     finished: bool
     step: int
     loss: float  # of the last step
@@ -76,9 +76,9 @@ def fit(
         MissingDependency: matplotlib is missing.
     """
     report.require_curve()
-    with session(parallel, device) as place:
-        trainer = _Trainer(run, Path(out), place, parallel, checkpoint_seconds, checkpoint_steps, log)
-        return trainer.run_all(resume=resume, until_step=until_step)
+    place = join(parallel, device)
+    trainer = _Trainer(run, Path(out), place, parallel, checkpoint_seconds, checkpoint_steps, log)
+    return trainer.run_all(resume=resume, until_step=until_step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,18 +137,15 @@ class _Trainer:
             self.signals = stack.enter_context(_Signals())
             if saved:
                 self.display.say(f"going on from step {self.state.step}")
-            model: nn.Module | None = None
             while self.state.stage < len(self.run.stages) and self.state.step < stop:
-                model = self._run_stage(self.run.stages[self.state.stage], stop)
-            if model is None:  # all was done already
-                model = self._build()
+                self._run_stage(self.run.stages[self.state.stage], stop)
         if self.first:
             report.draw_curve(self.out / "metrics.jsonl", self.out / "curve.png", self.run.name)
             report.write_result(
                 self.out / "result.json", self.run, self.state, device=self.place.device, world=self.place.world
             )
         return Result(
-            model=model.eval(),
+            model=self._build().eval(),
             finished=self.state.stage == len(self.run.stages),
             step=self.state.step,
             loss=self.state.loss,
@@ -166,7 +163,7 @@ class _Trainer:
             checkpoint.load_model(saved[-1], model)
         return model
 
-    def _run_stage(self, stage: Stage, stop: int) -> nn.Module:
+    def _run_stage(self, stage: Stage, stop: int) -> None:
         """Trains one stage to its end or to global step ``stop`` and saves.
 
         Each stage starts from a fresh module and the checkpoint: sharding and DDP fix what trains when they wrap, and
@@ -235,7 +232,6 @@ class _Trainer:
                     self.display.say(f"stopped by a signal at step {state.step}; the same command goes on from there")
                     raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
                 waited, began = loader.waited, time.perf_counter()
-        return model
 
     def _step(self, active: _Active, item: Item, late: bool) -> tuple[dict[str, Any], bool, int]:
         """One optimiser step; gives its record, and what the ranks agree on: whether to save, and a signal's number."""
@@ -250,13 +246,14 @@ class _Trainer:
             with wrapped.micro_batch(last=micro == stage.accumulate - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
                     loss = wrapped.loss(batch.rows(micro * rows, (micro + 1) * rows))
+                # Numbers are read before the backward: after it, sharding has freed what a metric may be a view of.
+                values: dict[str, float | Tensor] = {"loss": loss.total, "weight": loss.weight}
+                for name, value in loss.metrics.items():  # means over the items of the loss; of none, no number
+                    values[f"metrics/{name}"] = value * loss.weight if loss.weight else 0.0
+                for name, value in values.items():
+                    value = torch.as_tensor(value, dtype=torch.float64, device=device).detach()
+                    sums[name] = sums[name] + value if name in sums else value
                 loss.total.backward()
-            values: dict[str, float | Tensor] = {"loss": loss.total, "weight": loss.weight}
-            for name, value in loss.metrics.items():  # means over what the loss is a sum of; of nothing, no number
-                values[f"metrics/{name}"] = value * loss.weight if loss.weight else 0.0
-            for name, value in values.items():
-                value = torch.as_tensor(value, dtype=torch.float64, device=device).detach()
-                sums[name] = sums[name] + value if name in sums else value
         wrapped.join(trained.values())
         received = self.signals.received
         flags = torch.tensor([late, received == signal.SIGINT, received == signal.SIGTERM], device=device)

@@ -24,7 +24,7 @@ class FieldsError(ConfigError):
         super().__init__(f"{where} cannot be read:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-# Fields that transformers writes into every config and that say nothing about the weights.
+# Fields that transformers writes, or wrote in 2022, into every config, and that say nothing about the weights.
 GENERIC: dict[str, str] = dict.fromkeys(
     [
         "_name_or_path",
@@ -35,6 +35,7 @@ GENERIC: dict[str, str] = dict.fromkeys(
         "transformers_version",
         "_commit_hash",
         "_attn_implementation",
+        "_attn_implementation_autoset",
         "return_dict",
         "output_hidden_states",
         "output_attentions",
@@ -76,9 +77,11 @@ GENERIC: dict[str, str] = dict.fromkeys(
         "finetuning_task",
         "id2label",
         "label2id",
+        "num_labels",
         "tokenizer_class",
         "prefix",
         "bos_token_id",
+        "eos_token_id",
         "pad_token_id",
         "sep_token_id",
         "decoder_start_token_id",

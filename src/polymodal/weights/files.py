@@ -139,10 +139,21 @@ def write_shards(
     folder, or none, and never a mixture. Returns the file names.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return _publish(folder, tensors, single, shard_bytes)
+    finally:
+        for path in folder.glob(f"{_PART}*"):  # of this write, or of one that was killed
+            path.unlink()
+
+
+_PART = ".shard-"
+
+
+def _publish(folder: Path, tensors: Iterable[tuple[str, Tensor]], single: str, shard_bytes: int) -> list[str]:
     shards: list[tuple[Path, list[str]]] = []
     total = 0
     for number, shard in enumerate(_fill(tensors, shard_bytes)):
-        path = folder / f".shard-{number}.safetensors"
+        path = folder / f"{_PART}{number}.safetensors"
         with atomic_path(path) as temporary:
             save_file(shard, temporary, metadata={"format": "pt"})
         shards.append((path, list(shard)))

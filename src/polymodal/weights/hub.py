@@ -8,8 +8,10 @@ from pathlib import Path
 from polymodal.core.errors import ConfigError, did_you_mean
 from polymodal.core.files import cache_dir, read_json, write_json
 
-# Only data: no pickles, no code.
-PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model"]
+# Only data, and only of the top folder: no pickles, no code.
+SMALL = ["*.json", "*.txt", "*.model"]
+WEIGHTS = ["model*.safetensors"]
+OTHER_WEIGHTS = ["*.safetensors"]  # of a repository without config.json
 
 
 def shipped() -> dict[str, Path]:
@@ -43,21 +45,40 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import snapshot_download
 
     pins_file = cache_dir() / "pins.json"
     pins = read_json(pins_file) if pins_file.is_file() else {}
+    if not isinstance(pins, dict):
+        raise ConfigError(f"{pins_file} is not an object of names and commits; delete it")
+    wanted = revision or pins.get(name, "main")
     try:
-        commit = pins.get(name) if revision is None else None
-        if commit is None:
-            commit = HfApi().model_info(name, revision=revision).sha
-        folder = Path(snapshot_download(name, revision=commit, allow_patterns=PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"{name} cannot be fetched from the Hub ({type(error).__name__}). Offline? Give the path of a local folder "
-            "that holds config.json and model.safetensors"
-        ) from error
+        # Each call asks the Hub, and answers from the local cache where the Hub cannot be reached.
+        folder = Path(snapshot_download(name, revision=wanted, allow_patterns=SMALL, ignore_patterns="*/*"))
+        weights = WEIGHTS if (folder / "config.json").is_file() else OTHER_WEIGHTS
+        folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=weights, ignore_patterns="*/*"))
+    except Exception as error:  # what the client raises without a network has no common base
+        raise ConfigError(f"{name}: {_reason(error, wanted)}") from error
+    commit = folder.name
     if pins.get(name) != commit:
         write_json(pins_file, pins | {name: commit})
     return folder
+
+
+def _reason(error: Exception, revision: str) -> str:
+    from huggingface_hub import errors
+
+    known = {
+        errors.GatedRepoError: "its terms have to be accepted on its page of the Hub, and then `hf auth login` run",
+        errors.RepositoryNotFoundError: "the Hub has no model of this name, or it is private: `hf auth login`",
+        errors.RevisionNotFoundError: f"the Hub has no revision {revision} of it; pass revision='main' for the newest",
+        errors.HFValidationError: "no such folder, and not a name that the Hub allows",
+        errors.LocalEntryNotFoundError: (
+            f"the Hub cannot be reached and revision {revision} is not in the local cache. Load it once with a "
+            "network, or give the path of a local folder that holds config.json and model.safetensors"
+        ),
+    }
+    for kind, reason in known.items():
+        if isinstance(error, kind):
+            return reason
+    return f"fetching revision {revision} from the Hub failed: {type(error).__name__}: {error}"

@@ -1,0 +1,157 @@
+"""Every field of a config is read, required or ignored for a reason; all that are wrong are named at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import polymodal
+from polymodal.core.errors import ConfigError, PolymodalError
+from polymodal.systems import TABLE
+from polymodal.weights.fields import GENERIC, Fields
+from tests.nano import every_system, nano
+
+# Fields that change no shape and no result of a load by themselves, or are checked elsewhere; any other wrong number
+# or name has to show when the weights come.
+SHAPELESS = {
+    "num_attention_heads",
+    "decoder_num_attention_heads",
+    "layer_norm_eps",
+    "hidden_act",
+    "mask_ratio",
+    "norm_pix_loss",
+    "layerscale_value",
+    "drop_path_rate",
+    "eos_token_id",
+    "label2id",
+}
+
+
+@pytest.fixture
+def folder(name: str, tmp_path: Path) -> Path:
+    return nano(name).save(tmp_path / "model")
+
+
+def paths(config: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Where each field of a config and of its parts is."""
+    for field, value in config.items():
+        if field.endswith("_config"):
+            yield from paths(value, (*prefix, field))
+        else:
+            yield (*prefix, field)
+
+
+def at(config: dict[str, Any], path: tuple[str, ...]) -> Any:
+    for field in path:
+        config = config[field]
+    return config
+
+
+def changed(folder: Path, changes: dict[tuple[str, ...], Any]) -> Path:
+    """The folder with other values in its config."""
+    whole = json.loads((folder / "config.json").read_text())
+    for path, value in changes.items():
+        at(whole, path[:-1])[path[-1]] = value
+    (folder / "config.json").write_text(json.dumps(whole))
+    return folder
+
+
+def handled(name: str, folder: Path) -> dict[tuple[str, ...], str]:
+    """What the system says that it did with each field."""
+    raw = json.loads((folder / "config.json").read_text())
+    _, report = TABLE[name].resolve().formats["hf"].read(raw)
+    where = {f"config.json: {': '.join(path)}": path for path in paths(raw)}
+    return {where[field]: what for field, what in report.items() if field in where}
+
+
+def message(folder: Path) -> str:
+    with pytest.raises(ConfigError) as error:
+        polymodal.load(folder)
+    return str(error.value)
+
+
+@every_system("config: every field is read, required or ignored for a reason")
+def test_every_field_is_accounted_for(name: str, folder: Path) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    done = handled(name, folder)
+    assert set(done) == set(paths(raw))
+    assert all(what in ("read", "required") or what.startswith("ignored: ") for what in done.values())
+
+
+@every_system("config: all wrong fields are named at once")
+def test_every_wrong_type_is_named_at_once(name: str, folder: Path) -> None:
+    wrong = {path: {"not": "this"} for path, what in handled(name, folder).items() if not what.startswith("ignored")}
+    wrong = {path: ["nor this"] if path[-1] == "id2label" else value for path, value in wrong.items()}
+    del wrong["model_type",]  # without it there is no system to ask
+    text = message(changed(folder, wrong))
+    missed = [path for path in wrong if not any(f"{': '.join(path)} is" in line for line in text.splitlines())]
+    assert missed == []
+
+
+@every_system("config: an unknown field is named")
+def test_an_unknown_field_is_named_wherever_it_is(name: str, folder: Path) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    parts = {path[:-1] for path in paths(raw)}
+    text = message(changed(folder, {(*part, "rope_theta"): 1e4 for part in parts}))
+    assert text.count("the field rope_theta = 10000.0 is not understood") == len(parts)
+
+
+@every_system("config: a required field has the one value that is supported")
+def test_a_required_field_is_required(name: str, folder: Path) -> None:
+    original = (folder / "config.json").read_text()
+    for path, what in handled(name, folder).items():
+        if what != "required" or path == ("model_type",):
+            continue
+        (folder / "config.json").write_text(original)
+        value = at(json.loads(original), path)
+        other = (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else "other"
+        assert f"{path[-1]} is {other!r}; only {value!r} is supported" in message(changed(folder, {path: other}))
+
+
+@every_system("config: a wrong size is refused")
+def test_a_wrong_size_is_refused(name: str, folder: Path) -> None:
+    original = (folder / "config.json").read_text()
+    for path, what in handled(name, folder).items():
+        value = at(json.loads(original), path)
+        if what != "read" or path[-1] in SHAPELESS or not isinstance(value, int) or isinstance(value, bool):
+            continue
+        (folder / "config.json").write_text(original)
+        with pytest.raises(PolymodalError):
+            polymodal.load(changed(folder, {path: 2 * value}))
+
+
+@every_system("config: numbers that cannot be are refused")
+@pytest.mark.parametrize("value", [0, -1, 10**30, float("nan"), float("inf"), True, None, "12", 1.5])
+def test_a_size_that_cannot_be_is_refused(name: str, folder: Path, value: Any) -> None:
+    sizes = [path for path, what in handled(name, folder).items() if what == "read" and path[-1].endswith("size")]
+    assert sizes
+    text = message(changed(folder, dict.fromkeys(sizes, value)))
+    assert all(f"{': '.join(path)} is" in text for path in sizes), text
+
+
+@every_system("config: what is ignored changes nothing")
+def test_what_is_ignored_changes_nothing(name: str, folder: Path) -> None:
+    ignored = {path: "anything" for path, what in handled(name, folder).items() if what.startswith("ignored")}
+    fingerprint = polymodal.load(folder).fingerprint
+    generic = {(field,): "anything" for field in GENERIC if field not in ("id2label", "label2id")}
+    assert polymodal.load(changed(folder, ignored | generic)).fingerprint == fingerprint
+
+
+def test_a_name_with_a_slip_is_suggested() -> None:
+    fields = Fields({"hiden_size": 7})
+    fields.take("hidden_size", int)
+    with pytest.raises(ConfigError, match=r"hidden_size is missing\. Did you mean 'hiden_size'"):
+        fields.done()
+
+
+def test_a_message_does_not_repeat_a_huge_value() -> None:
+    fields = Fields({"a": "x" * 10**6, "b": list(range(10**5)), "c": {str(i): i for i in range(10**4)}})
+    fields.require("a", "y")
+    fields.take("b", int)
+    with pytest.raises(ConfigError) as error:
+        fields.done()
+    assert len(str(error.value)) < 1000
