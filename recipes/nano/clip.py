@@ -12,6 +12,7 @@ from torch import nn
 
 from polymodal.encoders.text import TextConfig
 from polymodal.encoders.vit import ViTConfig
+from polymodal.modalities.image import CLIP_MEAN, CLIP_STD, Exact, ImageProcessor
 from polymodal.systems.clip import CLIP, CLIPConfig
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
 from recipes.nano.pictures import CONTEXT, SIZE, Captions, Questions, tokenizer
@@ -41,7 +42,7 @@ def model() -> nn.Module:
 
 
 def source() -> Captions:
-    images = CLIP.build(config(tokenizer().vocab_size)).default_images()
+    images = ImageProcessor(resize=Exact(height=SIZE, width=SIZE), mean=CLIP_MEAN, std=CLIP_STD)
     return Captions(images=images, tokenizer=tokenizer())
 
 

@@ -1,3 +1,11 @@
+"""DINOv2 of half a million parameters on drawings of lone objects, without a label or a word.
+
+command   polymodal train recipes/nano/dinov2.py --out runs/nano-dinov2
+machine   1 CPU core
+time      TIME
+expected  see `expect` below: nearest neighbours share the shape, in pairs of colour and shape never seen
+"""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -8,27 +16,38 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from polymodal.core.batch import Batch
 from polymodal.data.masks import block_masks
 from polymodal.encoders.vit import ViTConfig
 from polymodal.heads.distillation import DistillationConfig
-from polymodal.modalities.image import ImageProcessor
-from polymodal.systems.dinov2 import DINOv2Config
-from recipes.nano.scenes import close_up, render
+from polymodal.modalities.image import IMAGENET_MEAN, IMAGENET_STD, Exact, ImageProcessor
+from polymodal.systems.base import System
+from polymodal.systems.dinov2 import DINOv2, DINOv2Config
+from polymodal.train.run import Bar, Cosine, Header, Run, Stage
+from recipes.nano.scenes import CHANCE, Questions, close_up, render
 
+STEPS = 800
 SIZE, PATCH = 32, 8
+OBJECTIVE = DistillationConfig(
+    global_size=SIZE, local_size=24, num_locals=2, num_prototypes=128, hidden_dim=256, bottleneck_dim=64,
+    ibot_bottleneck_dim=64, momentum=0.98, warmup=0.3, frozen=0.02,
+)  # fmt: skip
 CONFIG = DINOv2Config(
     vision=ViTConfig(
         image_size=SIZE, patch_size=PATCH, dim=96, num_layers=4, num_heads=4, hidden_dim=384, layer_scale=1.0,
         mask_token=True,
     ),
-    objective=DistillationConfig(
-        global_size=SIZE, local_size=24, num_locals=2, num_prototypes=128, hidden_dim=256, bottleneck_dim=64,
-        ibot_bottleneck_dim=64, momentum=0.98, warmup=0.3, frozen=0.02,
-    ),
+    objective=OBJECTIVE,
 )  # fmt: skip
+IMAGES = ImageProcessor(resize=Exact(height=SIZE, width=SIZE), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
+def model() -> System:
+    system = DINOv2.build(CONFIG)
+    system.images = IMAGES
+    return system
 
 
 def random_crops(
@@ -50,7 +69,10 @@ def random_crops(
 
 
 def other_colours(pictures: Float[Tensor, "batch 3 height width"], rng: np.random.Generator) -> Tensor:
-    """Brightness, contrast, saturation and hue of most, grey for a fifth, solarised a tenth; values from 0 to 1."""
+    """Brightness, contrast, saturation and hue of most, grey for a fifth, solarised a tenth; values from 0 to 1.
+
+    Hues are turned all the way round, so that it is shape and not colour that views of one picture share.
+    """
 
     def draw(low: float, high: float) -> Tensor:
         return torch.from_numpy(rng.uniform(low, high, (len(pictures), 1, 1, 1))).float()
@@ -69,29 +91,53 @@ def other_colours(pictures: Float[Tensor, "batch 3 height width"], rng: np.rando
 
 @dataclass(frozen=True)
 class Views:
-    """New pictures for each step; of each two large and four small crops, and masks for the large ones."""
-
-    images: ImageProcessor
+    """A new picture for each row of each step: two large and two small crops of it, and masks for the large ones."""
 
     def __len__(self) -> int:
-        return 100_000  # all different: each is drawn when it is asked for
+        return 100_000  # they are drawn when they are asked for: the number only gives an epoch its length
 
     def batch(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
-        o = CONFIG.objective
-        assert o is not None
         pictures = render([close_up(rng) for _ in indices], 48).float() / 255
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.images.mean, self.images.std))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGES.mean, IMAGES.std))
 
         def views(count: int, size: int, areas: tuple[float, float]) -> Tensor:
             crops = [other_colours(random_crops(pictures, rng, size, areas), rng) for _ in range(count)]
             return (torch.stack(crops, 1) - mean) / std
 
-        side = o.global_size // PATCH
+        side = SIZE // PATCH
         masks = torch.from_numpy(block_masks(rng, 2 * len(indices), side, side))
         return Batch(
             {
-                "global": views(2, o.global_size, (0.5, 1.0)),
-                "local": views(o.num_locals, o.local_size, (0.2, 0.6)),
+                "global": views(2, SIZE, (0.5, 1.0)),
+                "local": views(OBJECTIVE.num_locals, OBJECTIVE.local_size, (0.2, 0.6)),
                 "masks": rearrange(masks, "(b v) n -> b v n", v=2),
             }
         )
+
+
+def evaluate(trained: nn.Module) -> dict[str, float]:
+    assert isinstance(trained, System)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        untrained = model().eval()
+    return Questions.draw().compare(trained, untrained, IMAGES, SIZE)
+
+
+def run(steps: int = STEPS) -> Run:
+    return Run(
+        name="nano-dinov2",
+        header=Header(
+            command="polymodal train recipes/nano/dinov2.py --out runs/nano-dinov2",
+            machine="1 CPU core", time="TIME", expected="the bars of `expect`",
+        ),
+        model=model,
+        stages=[
+            Stage(
+                name="distil", steps=steps, batch_size=64, source=Views, lr=2e-3,
+                schedule=Cosine(warmup=steps // 10), weight_decay=0.05, clip=3.0, precision="bf16", workers=1,
+            )
+        ],
+        evaluate=evaluate,
+        # Set on other pictures of known pairs, before anything held out was looked at.
+        expect={"shape/neighbours": Bar(value=0.20, chance=CHANCE["shape"])},
+    )  # fmt: skip

@@ -19,11 +19,12 @@ from polymodal.core.batch import Batch
 from polymodal.encoders.vit import ViTConfig
 from polymodal.heads.reconstruction import PatchDecoderConfig
 from polymodal.modalities.image import IMAGENET_MEAN, IMAGENET_STD, Exact, ImageProcessor
+from polymodal.systems.base import System
 from polymodal.systems.mae import MAE, MAEConfig
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
 from recipes.nano.scenes import CHANCE, Questions, close_up, render
 
-STEPS = 1200
+STEPS = 2000
 SIZE = 32
 CONFIG = MAEConfig(
     vision=ViTConfig(image_size=SIZE, patch_size=4, dim=96, num_layers=4, num_heads=4, hidden_dim=384),
@@ -32,7 +33,7 @@ CONFIG = MAEConfig(
 IMAGES = ImageProcessor(resize=Exact(height=SIZE, width=SIZE), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-def model() -> MAE:
+def model() -> System:
     return MAE.build(CONFIG)
 
 
@@ -48,7 +49,7 @@ class Pictures:
 
 
 def evaluate(trained: nn.Module) -> dict[str, float]:
-    assert isinstance(trained, MAE)
+    assert isinstance(trained, System)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         untrained = model().eval()

@@ -317,7 +317,20 @@ def _train(arguments: argparse.Namespace) -> int:
 
     run = load_run(arguments.recipe)
     out = Path(arguments.out or f"runs/{run.name}")
-    result = fit(run, out, resume=not arguments.fresh, until_step=arguments.until_step, device=arguments.device)
+    result = fit(
+        run,
+        out,
+        resume=not arguments.fresh,
+        until_step=arguments.until_step,
+        device=arguments.device,
+        parallel=arguments.parallel,
+    )
+    if int(os.environ.get("RANK", "0")) > 0:
+        return 0  # the first process speaks for all
+    from polymodal.systems.base import System
+
+    if result.finished and isinstance(result.model, System):
+        print(f"model: {plain(str(result.model.save(out / 'model')))}")
     print(f"{run.name}: step {result.step} of {run.steps}, loss {result.loss:.4f}, in {plain(str(result.folder))}")
     for name, value in result.metrics.items():
         bar = run.expect.get(name)
@@ -386,7 +399,7 @@ def _print_system(row: dict[str, Any]) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from polymodal.weights.verify import verify
+    from polymodal.verify import verify
 
     certificate = verify(arguments.name)
     print(certificate)
@@ -628,18 +641,21 @@ examples:
         _train,
         "train the run of a recipe, going on where it was interrupted",
         """\
-A recipe is a Python file with a function `run` that returns a polymodal.train.Run. The exit status
-is 1 when the run ends below a bar that the recipe sets.
+A recipe is a Python file with a function `run` that returns a polymodal.train.Run. A finished run leaves
+its model in the Hub's format in DIR/model, its loss curve in DIR/curve.png and its numbers in
+DIR/result.json. The exit status is 1 when it ends below a bar that the recipe sets.
 
 examples:
   polymodal train recipes/nano/clip.py
-  polymodal train recipes/nano/clip.py --out runs/trial --until-step 100""",
+  polymodal train recipes/nano/clip.py --out runs/trial --until-step 100
+  torchrun --nproc-per-node 2 -m polymodal train recipes/nano/clip.py --parallel ddp""",
     )
     sub.add_argument("recipe", metavar="PATH", help="a recipe's file or dotted module")
     sub.add_argument("--out", metavar="DIR", help="default: runs/ and the name of the run")
     sub.add_argument("--fresh", action="store_true", help="start over instead of going on")
     sub.add_argument("--until-step", type=_count, metavar="N", help="stop there, with a checkpoint")
     sub.add_argument("--device", metavar="NAME", help="default: a GPU if there is one")
+    sub.add_argument("--parallel", choices=("ddp", "fsdp"), help="how the processes of torchrun share the work")
 
     sub = command(
         "ls",

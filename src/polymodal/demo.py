@@ -29,7 +29,7 @@ ARTISTS = (pictograms.EMOJI, pictograms.OUTLINES)  # the second one's hand is un
 SIZE = 96
 QUERIES = ("a red fruit", "a fish in the sea", "musical instrument", "ein Fahrrad")
 ASKED_WITH = "bicycle"  # the outline that the last search is asked with
-SHOWN = 6
+SHOWN = 5
 UNSEEN = "never seen in training"
 
 

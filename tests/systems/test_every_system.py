@@ -10,7 +10,8 @@ from PIL import Image as PILImage
 
 import polymodal
 from polymodal.core.errors import WeightsError
-from polymodal.core.verbs import Embeds, HasInputs, Trains
+from polymodal.core.sample import Sample
+from polymodal.core.verbs import Counts, Embeds, HasInputs, Trains
 from polymodal.systems import TABLE
 from polymodal.systems.base import System
 from tests.nano import NANO, every_system, nano, nano_batch
@@ -127,3 +128,21 @@ def test_presets_build_on_the_meta_device(name: str) -> None:
         with torch.device("meta"):
             model = TABLE[name].resolve()(preset())
         assert sum(p.numel() for p in model.parameters()) > 10_000_000
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 16), (15, 33), (300, 5), (1, 1)])
+@every_system("token accounting: count equals what the tower computes, at odd sizes")
+def test_count_is_what_the_tower_computes(name: str, size: tuple[int, int]) -> None:
+    model = nano(name).eval()
+    assert isinstance(model, Counts)
+    sample = Sample.of(PILImage.new("RGB", size))
+    batch = model.prepare([sample])
+    seen: list[int] = []
+    first = model.get_submodule("vision.blocks.0")
+    hook = first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    with torch.inference_mode():
+        model.encode(batch)
+    hook.remove()
+    padding = int((~batch["mask"]).sum()) if "mask" in batch else 0
+    assert [model.count(sample)] == [tokens - padding for tokens in seen]
+    assert model.count(Sample.of([PILImage.new("RGB", size)] * 3)) == 3 * model.count(sample)

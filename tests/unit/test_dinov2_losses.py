@@ -18,9 +18,13 @@ from torch import Tensor
 from polymodal.core.batch import Batch
 from polymodal.core.errors import ConfigError, DataError, UnsupportedError
 from polymodal.data.masks import block_mask, block_masks
+from polymodal.data.worlds.shapes import HELD_OUT
 from polymodal.encoders.vit import ViTConfig
 from polymodal.heads.distillation import DistillationConfig, PrototypeHead, koleo, masked_mean, sinkhorn_knopp
 from polymodal.systems.dinov2 import DINOv2, DINOv2Config
+from polymodal.train import fit
+from recipes.nano import dinov2 as recipe
+from recipes.nano.scenes import close_up
 
 OBJECTIVE = DistillationConfig(
     global_size=16, local_size=8, num_locals=3, num_prototypes=20, hidden_dim=24, bottleneck_dim=12,
@@ -343,3 +347,32 @@ def test_block_mask_never_hides_more_than_asked(count: int) -> None:
     found = [int(block_mask(rng, 6, 10, count).sum()) for _ in range(50)]
     assert max(found) <= count
     assert np.mean(found) >= 0.75 * count
+
+
+# -------------------------------------------------------------------------------------------------------- recipe
+
+
+def test_the_recipe_trains(tmp_path: Path) -> None:
+    run = recipe.run(steps=2)
+    stage = replace(run.stages[0], batch_size=8, workers=0)
+    result = fit(replace(run, stages=[stage], evaluate=None, expect={}), tmp_path, device="cpu")
+    assert result.finished
+    views = recipe.Views().batch(range(8), np.random.default_rng(0))
+    assert isinstance(result.model, DINOv2)
+    assert {name: tuple(t.shape[1:]) for name, t in views.items()} == {
+        name: spec.shape for name, spec in result.model.inputs_spec().items()
+    }
+    again = recipe.Views().batch(range(8), np.random.default_rng(0))
+    assert all(torch.equal(views[name], again[name]) for name in views)
+
+
+def test_questions_are_about_pairs_that_nobody_has_seen() -> None:
+    rng = np.random.default_rng(0)
+    seen = {(t.colour, t.shape) for _ in range(400) for t in close_up(rng).things}
+    asked = {(t.colour, t.shape) for _ in range(400) for t in close_up(rng, held_out=True).things}
+    assert asked == HELD_OUT
+    assert not asked & seen
+    for scene in (close_up(rng) for _ in range(50)):
+        (thing,) = scene.things
+        assert 0.2 < thing.width <= 0.9
+        assert thing.height <= 0.9 + 1e-9

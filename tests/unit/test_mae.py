@@ -14,6 +14,8 @@ from polymodal.core.errors import ConfigError, MediaError
 from polymodal.encoders.vit import ViTConfig
 from polymodal.heads.reconstruction import PatchDecoderConfig, patch_norm, patchify, unpatchify
 from polymodal.systems.mae import MAE, MAEConfig
+from polymodal.train import fit
+from recipes.nano import mae as recipe
 
 CONFIG = MAEConfig(
     vision=ViTConfig(image_size=16, patch_size=4, dim=16, num_layers=2, num_heads=2, hidden_dim=32),
@@ -156,3 +158,11 @@ def test_config_that_the_hub_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="norm_eps"):
         MAE.build(replace(CONFIG, decoder=replace(CONFIG.decoder, norm_eps=1e-5))).save(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_recipe_trains(tmp_path: Path) -> None:
+    run = recipe.run(steps=2)
+    stage = replace(run.stages[0], batch_size=8, workers=0)
+    result = fit(replace(run, stages=[stage], evaluate=None, expect={}), tmp_path, device="cpu")
+    assert result.finished
+    assert isinstance(result.model, MAE)

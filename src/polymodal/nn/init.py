@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -40,3 +40,32 @@ def siglip_tower_(blocks: Iterable[nn.Module]) -> None:
             if proj.bias is not None:
                 nn.init.zeros_(proj.bias)
         siglip_mlp_(block.mlp)
+
+
+@torch.no_grad()
+def openai_vision_(blocks: Iterable[nn.Module]) -> None:
+    """The vision blocks of CLIP's official code: torch's own defaults, which fuse q, k and v into one matrix."""
+    for block in blocks:
+        assert isinstance(block, Block)
+        for proj in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj):
+            bound = math.sqrt(6 / (4 * proj.in_features))  # Xavier over the fused (3 dim, dim) matrix
+            nn.init.uniform_(proj.weight, -bound, bound)
+            nn.init.zeros_(proj.bias)
+        nn.init.zeros_(block.attn.o_proj.bias)
+
+
+@torch.no_grad()
+def openai_text_(blocks: Sequence[nn.Module] | nn.ModuleList) -> None:
+    """The text blocks of CLIP's official code: normals scaled by width, what joins the residual also by depth."""
+    for block in blocks:
+        assert isinstance(block, Block)
+        assert isinstance(block.mlp, MLP)
+        std = block.attn.q_proj.in_features**-0.5
+        residual = std * (2 * len(blocks)) ** -0.5
+        for proj in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj):
+            nn.init.normal_(proj.weight, std=std)
+            nn.init.zeros_(proj.bias)
+        nn.init.normal_(block.attn.o_proj.weight, std=residual)
+        nn.init.zeros_(block.attn.o_proj.bias)
+        nn.init.normal_(block.mlp.up_proj.weight, std=std * 2**-0.5)
+        nn.init.normal_(block.mlp.down_proj.weight, std=residual)

@@ -128,6 +128,7 @@ def _taken(picture: PILImage.Image) -> dt.datetime | None:
 
 
 def jpeg(picture: PILImage.Image) -> bytes:
+    """A picture as the bytes of a JPEG, for a thumbnail."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=82)
     return buffer.getvalue()

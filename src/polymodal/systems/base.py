@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from polymodal.core.batch import Batch, Loss
@@ -278,11 +278,8 @@ class DualEncoder(System):
 
     head: ContrastiveHead | SigmoidHead
 
-    def encode_images(self, *inputs: Tensor) -> Float[Tensor, "batch dim"]:
-        raise NotImplementedError
-
-    def encode_texts(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch dim"]:
-        raise NotImplementedError
+    encode_images: Callable[..., Tensor]  # unit vectors of pictures; takes what `prepare_images` makes
+    encode_texts: Callable[..., Tensor]  # unit vectors of texts from their ids
 
     def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
         return self.encode_texts(**batch) if "ids" in batch else self.encode_images(**batch)

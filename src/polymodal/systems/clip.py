@@ -18,7 +18,6 @@ and the last vision block computes only the class token's row (no other row is r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from polymodal.encoders.text import TextConfig, TextTower
 from polymodal.encoders.vit import ViT, ViTConfig
 from polymodal.heads.contrastive import ContrastiveHead
 from polymodal.modalities.image import CLIP_MEAN, CLIP_STD, CenterCrop, ImageProcessor, ShortestEdge
+from polymodal.nn.init import openai_text_, openai_vision_
 from polymodal.nn.mlp import ActivationName
 from polymodal.systems.base import DualEncoder, Format, Reference
 from polymodal.tokenizers.text import TextTokenizer
@@ -58,6 +58,7 @@ class CLIP(DualEncoder):
     """Contrastive language-image pre-training."""
 
     config: CLIPConfig
+    head: ContrastiveHead
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config)
@@ -78,22 +79,8 @@ class CLIP(DualEncoder):
         nn.init.normal_(self.text.embed_tokens.weight, std=0.02)
         nn.init.normal_(self.text.position, std=0.01)
         nn.init.normal_(self.text_projection.weight, std=text.dim**-0.5)
-        for block in self.vision.blocks:
-            for proj in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj):
-                # Xavier over the fused (3 dim, dim) matrix, as nn.MultiheadAttention does.
-                bound = math.sqrt(6 / (4 * vision.dim))
-                nn.init.uniform_(proj.weight, -bound, bound)
-                nn.init.zeros_(proj.bias)
-            nn.init.zeros_(block.attn.o_proj.bias)
-        for block in self.text.blocks:
-            for proj in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj):
-                nn.init.normal_(proj.weight, std=text.dim**-0.5)
-                nn.init.zeros_(proj.bias)
-            residual = text.dim**-0.5 * (2 * text.num_layers) ** -0.5
-            nn.init.normal_(block.attn.o_proj.weight, std=residual)
-            nn.init.zeros_(block.attn.o_proj.bias)
-            nn.init.normal_(block.mlp.up_proj.weight, std=(2 * text.dim) ** -0.5)
-            nn.init.normal_(block.mlp.down_proj.weight, std=residual)
+        openai_vision_(self.vision.blocks)
+        openai_text_(self.text.blocks)
 
     def inputs_spec(self) -> dict[str, TensorSpec]:
         c = self.config
@@ -206,27 +193,30 @@ def rules_hf(config: CLIPConfig) -> list[Rule]:
     ]
 
 
-def preset(projection: int = 512, activation: str = "quick_gelu", **vision: int) -> Callable[[], CLIPConfig]:
+def preset(vision: Mapping[str, Any], width: int = 512, activation: str = "quick_gelu") -> Callable[[], CLIPConfig]:
     """A config from the fields in which it differs from the Hub's defaults; the text tower's heads are 64 wide."""
-    text = {"hidden_size": projection, "num_attention_heads": projection // 64, "intermediate_size": 4 * projection}
+    text = {"hidden_size": width, "num_attention_heads": width // 64, "intermediate_size": 4 * width}
     act = {"hidden_act": activation}
-    raw = {"projection_dim": projection, "text_config": text | act, "vision_config": vision | act}
+    raw = {"projection_dim": width, "text_config": text | act, "vision_config": {**vision, **act}}
     return lambda: read_hf(raw)[0]
 
 
-LARGE = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "patch_size": 14,
-}
+BASE, LARGE = (
+    dict(
+        zip(
+            ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size"),
+            v,
+            strict=True,
+        )
+    )
+    for v in ((768, 12, 12, 3072, 32), (1024, 24, 16, 4096, 14))
+)
 PRESETS = {
-    "openai/clip-vit-base-patch32": preset(),
-    "openai/clip-vit-base-patch16": preset(patch_size=16),
-    "openai/clip-vit-large-patch14": preset(768, **LARGE),
-    "openai/clip-vit-large-patch14-336": preset(768, **LARGE, image_size=336),
-    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": preset(activation="gelu"),
+    "openai/clip-vit-base-patch32": preset(BASE),
+    "openai/clip-vit-base-patch16": preset(BASE | {"patch_size": 16}),
+    "openai/clip-vit-large-patch14": preset(LARGE, 768),
+    "openai/clip-vit-large-patch14-336": preset(LARGE | {"image_size": 336}, 768),
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": preset(BASE, activation="gelu"),
 }
 
 OPEN_VISION: FieldTable = (

@@ -125,7 +125,7 @@ class Fields:
             self.problems.append(f"{self._where}: {name} is missing{did_you_mean(name, self._values)}")
             return kind()
         if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
-            value = float(value)  # type: ignore[assignment]
+            value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             problem = f"expected {kind.__name__}"
         elif isinstance(value, float) and not math.isfinite(value):

@@ -165,7 +165,8 @@ def _publish(folder: Path, tensors: Iterable[tuple[str, Tensor]], single: str, s
         return [single]
     index.unlink(missing_ok=True)
     (folder / single).unlink(missing_ok=True)
-    weight_map, files = {}, []
+    weight_map: dict[str, str] = {}
+    files = []
     for number, (path, names) in enumerate(shards):
         file = f"{Path(single).stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         path.replace(folder / file)

@@ -268,8 +268,8 @@ def plan(rules: Sequence[Rule], theirs: Mapping[str, Tensor], ours: Mapping[str,
     result.problems += [f"unexpected: {n} {_shape(t)}: no rule takes it" for n, t in theirs.items() if n not in taken]
     for name, tensor in ours.items():
         if name not in filled:
-            sources = _sources_of(rules, name)
-            result.problems.append(f"missing from the checkpoint: {sources or 'a source'} for {name} {_shape(tensor)}")
+            wanted = _sources_of(rules, name)
+            result.problems.append(f"missing from the checkpoint: {wanted or 'a source'} for {name} {_shape(tensor)}")
     return result
 
 
@@ -305,7 +305,8 @@ def _shape(tensor: Tensor) -> str:
 
 def unplan(rules: Sequence[Rule], ours: Iterable[str]) -> list[Step]:
     """The steps that write a model in their format: the same rules, read from right to left."""
-    steps, done = [], set()
+    steps: list[Step] = []
+    done: set[str] = set()
     names = list(ours)
     for r in rules:
         if isinstance(r.op, Drop) or not r.written:
