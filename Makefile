@@ -99,6 +99,7 @@ $(STAMPS)/demo: $(STAMPS)/python-$(VERSION) pyproject.toml constraints.txt
 $(STAMPS)/dev: $(STAMPS)/python-$(VERSION) pyproject.toml constraints.txt
 	$(call say,Installing polymodal[dev]: a few minutes the first time)
 	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps open_clip_torch # a reference of the tests; without what it asks for, which is torchvision and timm
 	@touch $@ $(STAMPS)/demo
 
 comma := ,

@@ -69,24 +69,24 @@ def random_crops(
 
 
 def other_colours(pictures: Float[Tensor, "batch 3 height width"], rng: np.random.Generator) -> Tensor:
-    """Brightness, contrast, saturation and hue of most, grey for a fifth, solarised a tenth; values from 0 to 1.
+    """A little brightness, contrast, saturation and hue of most pictures, grey for some; values from 0 to 1.
 
-    Hues are turned all the way round, so that it is shape and not colour that views of one picture share.
+    Less than is usual for photographs: of a drawing of one object little else stays the same from view to view.
     """
 
     def draw(low: float, high: float) -> Tensor:
         return torch.from_numpy(rng.uniform(low, high, (len(pictures), 1, 1, 1))).float()
 
     grey = pictures.mean(1, keepdim=True)
-    x = (grey + (pictures - grey) * draw(0.8, 1.2)) * draw(0.6, 1.4)
+    x = (grey + (pictures - grey) * draw(0.8, 1.2)) * draw(0.8, 1.2)
     level = x.mean((1, 2, 3), keepdim=True)
-    x = level + (x - level) * draw(0.6, 1.4)
+    x = level + (x - level) * draw(0.8, 1.2)
     # Hue: a rotation of colours about the grey axis.
-    angle = draw(-1, 1) * np.pi
-    shifted = sum(x.roll(k, 1) * (1 + 2 * torch.cos(angle + 2 * np.pi * k / 3)) for k in range(3)) / 3
-    x = torch.where(draw(0, 1) < 0.8, shifted, pictures)
-    x = torch.where(draw(0, 1) < 0.2, x.mean(1, keepdim=True), x).clamp(0, 1)
-    return torch.where((draw(0, 1) < 0.1) & (x > 0.5), 1 - x, x)
+    angle = draw(-1, 1) * (0.1 * np.pi)
+    turned = [x.roll(k, 1) * (1 + 2 * torch.cos(angle + 2 * np.pi * k / 3)) / 3 for k in range(3)]
+    x = torch.stack(turned).sum(0)
+    x = torch.where(draw(0, 1) < 0.8, x, pictures)
+    return torch.where(draw(0, 1) < 0.1, x.mean(1, keepdim=True), x).clamp(0, 1)
 
 
 @dataclass(frozen=True)

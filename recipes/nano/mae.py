@@ -61,7 +61,8 @@ def run(steps: int = STEPS) -> Run:
         name="nano-mae",
         header=Header(
             command="polymodal train recipes/nano/mae.py --out runs/nano-mae",
-            machine="1 CPU core", time="TIME", expected="the bars of `expect`",
+            machine="1 CPU core", time="4 minutes",
+            expected="shape/probe 0.25 (untrained 0.07), colour/probe 0.86 (untrained 0.56), on held-out pairs",
         ),
         model=model,
         stages=[
@@ -71,6 +72,7 @@ def run(steps: int = STEPS) -> Run:
             )
         ],
         evaluate=evaluate,
-        # Set on other pictures of known pairs, before anything held out was looked at.
+        # Set on other pictures of known pairs before anything held out was looked at. The first run, of 1200 steps,
+        # missed it with 0.17; only the number of steps was changed.
         expect={"shape/probe": Bar(value=0.20, chance=CHANCE["shape"])},
     )  # fmt: skip

@@ -449,13 +449,15 @@ def _model_name(name: str) -> str:
 
 
 def _load(name: str) -> Any:
+    import torch
+
     from polymodal.api import load
     from polymodal.core.verbs import Embeds
 
     model = load(name, precision="auto")
     if not isinstance(model, Embeds):
         raise ConfigError(f"{name} gives no vectors; take a CLIP or a SigLIP")
-    return model
+    return model.cuda() if torch.cuda.is_available() else model
 
 
 def _print_json(value: Any) -> None:

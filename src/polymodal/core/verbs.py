@@ -16,19 +16,26 @@ from polymodal.core.sample import Sample
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """Shape (without the batch axis), dtype and, for integers, the range (``high`` excluded) of one input tensor."""
+    """Shape (without the batch axis), dtype and, for integers, the range (``high`` excluded) of one input tensor.
+
+    ``last`` is what each row ends in: an end token that a system looks for.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     low: int = 0
     high: int = 1
+    last: int | None = None
 
     def random(self, batch: int, generator: torch.Generator) -> Tensor:
         if self.dtype == torch.bool:
             return torch.ones(batch, *self.shape, dtype=torch.bool)
         if self.dtype.is_floating_point:
             return torch.randn(batch, *self.shape, generator=generator, dtype=self.dtype)
-        return torch.randint(self.low, self.high, (batch, *self.shape), generator=generator, dtype=self.dtype)
+        out = torch.randint(self.low, self.high, (batch, *self.shape), generator=generator, dtype=self.dtype)
+        if self.last is not None:
+            out[..., -1] = self.last
+        return out
 
 
 @runtime_checkable
@@ -61,7 +68,7 @@ class Embeds(Protocol):
         ...
 
     def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
-        """Vectors of unit length in fp32 for what `prepare` made."""
+        """Vectors of unit length in fp32, on the model's device, for what `prepare` made (on any device)."""
         ...
 
     def embed(

@@ -406,6 +406,58 @@ class ImageProcessor:
             **_colour_to_hf(self),
         }
 
+    @classmethod
+    def from_open_clip(cls, config: Mapping[str, Any], size: int) -> ImageProcessor:
+        """Reads the ``preprocess_cfg`` of an ``open_clip_config.json``; ``size`` is the side that the tower takes.
+
+        Raises:
+            ConfigError: a field that is not known, or a step that ours does not have.
+        """
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"preprocess_cfg is {config!r}, expected an object")
+        read = {**_OPEN_CLIP, "size": size, **{name: value for name, value in config.items() if value is not None}}
+        problems = [f"{name} = {config[name]!r} is not known" for name in config.keys() - _OPEN_CLIP.keys() - {"size"}]
+        side = read["size"] if isinstance(read["size"], list | tuple) else [read["size"]] * 2
+        if len(side) != 2 or side[0] != side[1] or not isinstance(side[0], int):
+            problems.append(f"size = {read['size']!r} is not one side of a square")
+        if read["resize_mode"] not in ("shortest", "squash"):
+            problems.append(f"resize_mode = {read['resize_mode']!r} asks for a step that ours does not have")
+        known = {"mode": ["RGB"], "interpolation": ["bicubic", "bilinear", "random"], "alpha": ["white", "drop"]}
+        wrong = [name for name, good in known.items() if read[name] not in good]
+        problems += [f"{name} = {read[name]!r} is none of {', '.join(known[name])}" for name in wrong]
+        if problems:
+            raise ConfigError("preprocess_cfg:\n" + "\n".join(f"  - {problem}" for problem in sorted(problems)))
+        square = {"height": side[0], "width": side[0]}
+        shortest = read["resize_mode"] == "shortest"
+        colour = _hf_colour({**_OPENAI, "image_mean": read["mean"], "image_std": read["std"], "resample": 3})
+        return cls(
+            resize=ShortestEdge(size=side[0]) if shortest else Exact(**square),
+            crop=CenterCrop(**square) if shortest else None,
+            **colour | {"resample": "bilinear" if read["interpolation"] == "bilinear" else "bicubic"},
+            alpha=read["alpha"],
+        )
+
+    def to_open_clip(self) -> dict[str, Any]:
+        """A ``preprocess_cfg`` that OpenCLIP reads to the same effect.
+
+        Raises:
+            ConfigError: OpenCLIP's format has no words for this processor.
+        """
+        raw: dict[str, Any] = {
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.resample,
+            # Ours alone; OpenCLIP always drops and takes no notice.
+            **({"alpha": self.alpha} if self.alpha != "drop" else {}),
+        }
+        if isinstance(self.resize, ShortestEdge):
+            raw |= {"size": self.resize.size, "resize_mode": "shortest"}
+        elif isinstance(self.resize, Exact):
+            raw |= {"size": [self.resize.height, self.resize.width], "resize_mode": "squash"}
+        if "size" not in raw or ImageProcessor.from_open_clip(raw, 1) != self:
+            raise ConfigError(f"OpenCLIP's format has no words for this image processor, save it as hf: {self}")
+        return raw
+
 
 # ---- patches of any aspect: SigLIP 2 NaFlex ----
 
@@ -551,6 +603,15 @@ def load_processor(folder: str | Path) -> ImageProcessor | PatchProcessor:
 _COLOUR: dict[str, Any] = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "alpha": "white"}
 _OPENAI = {**_COLOUR, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 _STANDARD = {**_COLOUR, "image_mean": HALF, "image_std": HALF}
+_OPEN_CLIP: dict[str, Any] = {
+    "mode": "RGB",
+    "mean": CLIP_MEAN,
+    "std": CLIP_STD,
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+    "fill_color": 0,  # of the padding that the mode "longest" makes, which is refused
+    "alpha": "drop",
+}
 _SQUARE = {"size": 224, "default_to_square": True, "do_resize": True, "do_center_crop": False, "crop_size": None}
 _CUT = {"size": 224, "default_to_square": False, "do_resize": True, "do_center_crop": True, "crop_size": 224}
 # What a class of transformers takes for the fields that its config leaves out.

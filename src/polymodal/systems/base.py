@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,33 +22,11 @@ from polymodal.modalities.image import ImageProcessor, PatchProcessor, load_proc
 from polymodal.nn.precision import Precision, cast
 from polymodal.nn.skeleton import skeleton
 from polymodal.tokenizers.text import TextTokenizer
-from polymodal.weights.files import SINGLE, Checkpoint, write_shards
-from polymodal.weights.rules import Plan, Rule, plan, to_theirs, unplan
+from polymodal.weights.files import Checkpoint, write_shards
+from polymodal.weights.format import Format, Reference
+from polymodal.weights.rules import Plan, plan, to_theirs, unplan
 
 PREPROCESSOR = "preprocessor_config.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """How a system's checkpoints look in one library's files: the config, the names, the processors."""
-
-    read: Callable[[Mapping[str, Any]], tuple[Any, dict[str, str]]]  # config file -> (Config, what was done per field)
-    write: Callable[[Any], dict[str, Any]]  # Config -> config file
-    rules: Callable[[Any], list[Rule]]
-    config_file: str = "config.json"
-    weights_file: str = SINGLE
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """The public implementation of a system, for proofs: how to call it on our inputs and what to compare."""
-
-    package: str
-    cls: str
-    inputs: Mapping[str, str]  # our input name -> its keyword
-    output: str  # the attribute of its result that equals our `forward`
-    extra: Mapping[str, Any] | None = None  # further keywords of its call
-    loss: bool = True  # whether its result has a `.loss` equal to ours
 
 
 class System(nn.Module):
@@ -76,9 +54,14 @@ class System(nn.Module):
         raise NotImplementedError
 
     def load_processors(self, folder: Path) -> None:
-        """Reads the pre-processing that a checkpoint's folder declares; systems with a tokenizer add theirs."""
-        if (folder / PREPROCESSOR).is_file() or (folder / "processor_config.json").is_file():
-            self.images = load_processor(folder)
+        """Reads the pre-processing that a checkpoint's folder declares beside that of images."""
+
+    def load_images(self, folder: Path, fmt: Format) -> ImageProcessor | PatchProcessor | None:
+        """The image processor of a checkpoint's folder; what follows from the config where it declares none."""
+        if fmt.read_images is not None:
+            return fmt.read_images(folder, self.config)
+        declared = (folder / PREPROCESSOR).is_file() or (folder / "processor_config.json").is_file()
+        return load_processor(folder) if declared else self.default_images()
 
     def default_images(self) -> ImageProcessor | PatchProcessor | None:
         """The pre-processing that follows from the config alone, for a system built without a checkpoint."""
@@ -146,9 +129,8 @@ class System(nn.Module):
         left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
         assert not left, f"still without a value: {left}"
         model.source = str(folder)
+        model.images = model.load_images(folder, fmt)
         model.load_processors(folder)
-        if model.images is None:
-            model.images = model.default_images()
         return cast(model.eval(), precision)
 
     def plan(self, fmt: Format, theirs: Mapping[str, Tensor]) -> Plan:
@@ -192,10 +174,12 @@ class System(nn.Module):
                 for name, tensor in zip(step.theirs, step.op.to_theirs(tensors), strict=True):
                     yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / fmt.config_file, fmt.write(self.config))
-        if self.images is not None:
+        raw = fmt.write(self.config)
+        if self.images is not None and fmt.write_images is not None:
+            raw |= fmt.write_images(self.images)
+        elif self.images is not None:
             write_json(folder / PREPROCESSOR, self.images.to_hf())
+        write_json(folder / fmt.config_file, raw)
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
         write_shards(folder, stream(), single=fmt.weights_file, shard_bytes=shard_bytes)
@@ -206,6 +190,10 @@ class System(nn.Module):
         return to_theirs(self.formats[format_name].rules(self.config), tensors)
 
     # -- embedding: the Embeds protocol
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     @property
     def embedding_dim(self) -> int:
@@ -245,7 +233,7 @@ class System(nn.Module):
         return self.prepare_images(items) if items[0].images else self.prepare_texts(items)
 
     def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
-        """Unit vectors in fp32 for what `prepare` made."""
+        """Unit vectors in fp32, where the weights are, for what `prepare` made."""
         raise UnsupportedError(f"{type(self).__name__} gives no vectors")
 
     @torch.inference_mode()
@@ -259,13 +247,12 @@ class System(nn.Module):
             [i for i, s in enumerate(todo) if bool(s.images)],
             [i for i, s in enumerate(todo) if not s.images],
         ]
-        device = next(self.parameters()).device
         was_training = self.training
         self.eval()
         for group in groups:
             for start in range(0, len(group), batch_size):
                 rows = group[start : start + batch_size]
-                out[rows] = self.encode(self.prepare([todo[i] for i in rows]).to(device)).cpu()
+                out[rows] = self.encode(self.prepare([todo[i] for i in rows])).cpu()
                 if progress is not None:
                     progress(len(rows))
         if was_training:
@@ -282,6 +269,7 @@ class DualEncoder(System):
     encode_texts: Callable[..., Tensor]  # unit vectors of texts from their ids
 
     def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
+        batch = batch.to(self.device)
         return self.encode_texts(**batch) if "ids" in batch else self.encode_images(**batch)
 
     def _both(self, batch: Batch) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"]]:
@@ -292,7 +280,7 @@ class DualEncoder(System):
         self, images: Float[Tensor, "images dim"], texts: Float[Tensor, "texts dim"]
     ) -> Float[Tensor, "images texts"]:
         """Scores of unit vectors, as the head defines them."""
-        return self.head.logits(images, texts)
+        return self.head.logits(images.to(self.device), texts.to(self.device)).to(images.device)
 
     def forward(self, batch: Batch) -> Float[Tensor, "images texts"]:
         return self.head.logits(*self._both(batch))

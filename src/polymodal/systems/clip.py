@@ -18,6 +18,7 @@ and the last vision block computes only the class token's row (no other row is r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from polymodal.core.errors import ConfigError
+from polymodal.core.files import read_json
 from polymodal.core.sample import Sample
 from polymodal.core.verbs import TensorSpec
 from polymodal.encoders.text import TextConfig, TextTower
@@ -39,8 +42,8 @@ from polymodal.nn.mlp import ActivationName
 from polymodal.systems.base import DualEncoder, Format, Reference
 from polymodal.tokenizers.text import TextTokenizer
 from polymodal.weights.fields import IMAGE_FIELDS, TRANSFORMER_FIELDS, Fields, FieldTable, read_fields, write_fields
-from polymodal.weights.layouts import clip_blocks, open_clip_blocks
-from polymodal.weights.rules import Rule, Transpose, drop, rule
+from polymodal.weights.layouts import OPEN_CLIP_PLAIN, clip_blocks, open_clip_rules
+from polymodal.weights.rules import Rule, drop, rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,10 @@ class CLIPConfig:
     text: TextConfig
     embed_dim: int
     eot_id: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eot_id < self.text.vocab_size:  # it would be found nowhere, and the first token read instead
+            raise ConfigError(f"the end of text {self.eot_id} is not in a vocabulary of {self.text.vocab_size}")
 
 
 @final
@@ -87,7 +94,7 @@ class CLIP(DualEncoder):
         side = c.vision.image_size
         return {
             "pixels": TensorSpec(shape=(c.vision.num_channels, side, side)),
-            "ids": TensorSpec(shape=(c.text.context,), dtype=torch.int64, high=c.text.vocab_size),
+            "ids": TensorSpec(shape=(c.text.context,), dtype=torch.int64, high=c.text.vocab_size, last=c.eot_id),
         }
 
     @property
@@ -111,7 +118,6 @@ class CLIP(DualEncoder):
         return len(sample.images) * self.config.vision.count(side, side) + texts
 
     def load_processors(self, folder: Path) -> None:
-        super().load_processors(folder)
         if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
             self.tokenizer = TextTokenizer.from_folder(folder, length=self.config.text.context, pad="longest")
 
@@ -154,7 +160,7 @@ def read_hf(raw: Mapping[str, Any]) -> tuple[CLIPConfig, dict[str, str]]:
         part.ignore("the projection's width is the outer projection_dim", "projection_dim")
     vision, text = read_fields(v, VISION), read_fields(t, TEXT)
     # Configs written before 2023 say 2 and mean "the largest id", which is OpenAI's end of text.
-    eot = t.take("eos_token_id", int, 49407)
+    eot = t.take("eos_token_id", int, 49407, least=0)
     report = f.done()
     return CLIPConfig(
         vision=ViTConfig(**vision, patch_bias=False, pre_norm=True), text=TextConfig(**text), embed_dim=embed_dim,
@@ -219,6 +225,7 @@ PRESETS = {
     "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": preset(BASE, activation="gelu"),
 }
 
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_VISION: FieldTable = (
     ("image_size", "image_size", 224), ("patch_size", "patch_size", 16), ("width", "dim", 768),
     ("layers", "num_layers", 12),
@@ -230,15 +237,20 @@ OPEN_TEXT: FieldTable = (
 
 
 def read_open_clip(raw: Mapping[str, Any]) -> tuple[CLIPConfig, dict[str, str]]:
-    f = Fields(raw, "open_clip_config.json")
+    f = Fields(raw, OPEN_CLIP_CONFIG)
     f.ignore("read with the image processor", "preprocess_cfg")
     m = f.child("model_cfg")
+    m.ignore("the scale is a weight of the checkpoint", "init_logit_scale")
     v, t = m.child("vision_cfg"), m.child("text_cfg")
     activation: ActivationName = "quick_gelu" if m.take("quick_gelu", bool, False) else "gelu"
-    t.ignore("the end of text is the largest id", "tokenizer_kwargs", "hf_tokenizer_name")
+    t.ignore("the end of text is the largest id", "tokenizer_kwargs", "hf_tokenizer_name", "eos_id", "pad_id")
+    v.ignore("training only", "patch_dropout")
+    for part, plain in ((m, OPEN_CLIP_PLAIN["model"]), (v, OPEN_CLIP_PLAIN["vision"]), (t, OPEN_CLIP_PLAIN["text"])):
+        for name, value in plain.items():
+            part.require(name, value)
     vision, text = read_fields(v, OPEN_VISION), read_fields(t, OPEN_TEXT)
     head_width, embed_dim = v.take("head_width", int, 64), m.take("embed_dim", int)
-    hidden = [round(d["dim"] * part.take("mlp_ratio", float, 4.0)) for d, part in ((vision, v), (text, t))]
+    hidden = [int(d["dim"] * part.take("mlp_ratio", float, 4.0)) for d, part in ((vision, v), (text, t))]
     report = f.done()
     return CLIPConfig(
         vision=ViTConfig(
@@ -251,30 +263,21 @@ def read_open_clip(raw: Mapping[str, Any]) -> tuple[CLIPConfig, dict[str, str]]:
 
 
 def write_open_clip(c: CLIPConfig) -> dict[str, Any]:
-    vision = write_fields(c.vision, OPEN_VISION) | {
-        "head_width": c.vision.dim // c.vision.num_heads, "mlp_ratio": c.vision.hidden_dim / c.vision.dim,
-    }  # fmt: skip
-    text = write_fields(c.text, OPEN_TEXT) | {"mlp_ratio": c.text.hidden_dim / c.text.dim}
+    # OpenCLIP rounds the product of width and ratio down, so the ratio is rounded up.
+    ratios = [math.nextafter(tower.hidden_dim / tower.dim, math.inf) for tower in (c.vision, c.text)]
+    head = {"head_width": c.vision.dim // c.vision.num_heads}
+    vision = write_fields(c.vision, OPEN_VISION) | head | {"mlp_ratio": ratios[0]}
+    text = write_fields(c.text, OPEN_TEXT) | {"mlp_ratio": ratios[1]}
     quick = {"quick_gelu": True} if c.vision.activation == "quick_gelu" else {}
-    return {"model_cfg": {"embed_dim": c.embed_dim, "vision_cfg": vision, "text_cfg": text} | quick}
+    raw = {"model_cfg": {"embed_dim": c.embed_dim, "vision_cfg": vision, "text_cfg": text} | quick}
+    if read_open_clip(raw)[0] != c:
+        raise ConfigError(f"OpenCLIP's format has no field for something in this config, save it as hf: {c}")
+    return raw
 
 
-def rules_open_clip(config: CLIPConfig) -> list[Rule]:
-    return [
-        rule("logit_scale", "head.logit_scale"),
-        rule("visual.proj", "image_projection.weight", Transpose()),
-        rule("text_projection", "text_projection.weight", Transpose()),
-        rule("visual.class_embedding", "vision.class_token"),
-        rule("visual.positional_embedding", "vision.position"),
-        rule("visual.conv1.weight", "vision.patch_embed.weight"),
-        rule("visual.ln_pre.{p}", "vision.pre_norm.{p}"),
-        rule("visual.ln_post.{p}", "vision.norm.{p}"),
-        *open_clip_blocks("visual.transformer", "vision.blocks"),
-        rule("token_embedding.weight", "text.embed_tokens.weight"),
-        rule("positional_embedding", "text.position"),
-        rule("ln_final.{p}", "text.norm.{p}"),
-        *open_clip_blocks("transformer", "text.blocks"),
-    ]
+def open_clip_images(folder: Path, config: CLIPConfig) -> ImageProcessor:
+    raw = read_json(folder / OPEN_CLIP_CONFIG)
+    return ImageProcessor.from_open_clip(raw.get("preprocess_cfg") or {}, config.vision.image_size)
 
 
 CLIP.formats = {
@@ -282,8 +285,10 @@ CLIP.formats = {
     "open_clip": Format(
         read=read_open_clip,
         write=write_open_clip,
-        rules=rules_open_clip,
-        config_file="open_clip_config.json",
+        rules=lambda config: open_clip_rules(),
+        config_file=OPEN_CLIP_CONFIG,
         weights_file="open_clip_model.safetensors",
+        read_images=open_clip_images,
+        write_images=lambda images: {"preprocess_cfg": images.to_open_clip()},
     ),
 }

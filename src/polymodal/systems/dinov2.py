@@ -167,7 +167,7 @@ class DINOv2(System):
 
     def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
         """The (teacher's) class token after the last norm, at unit length."""
-        return F.normalize(self.vision.class_vector(batch["pixels"]).float(), dim=-1)
+        return F.normalize(self.vision.class_vector(batch["pixels"].to(self.device)).float(), dim=-1)
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch tokens dim"]:
         """All (the teacher's) tokens after the last norm; the mask token replaces patches where ``masked`` is True."""

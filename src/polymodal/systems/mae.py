@@ -149,7 +149,7 @@ class MAE(System):
 
     def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
         """The mean of the patch tokens of the whole picture, at unit length."""
-        return F.normalize(self.vision(batch["pixels"]).x[:, 1:].float().mean(1), dim=-1)
+        return F.normalize(self.vision(batch["pixels"].to(self.device)).x[:, 1:].float().mean(1), dim=-1)
 
     def shuffle(self, noise: Float[Tensor, "batch patches"]) -> Shuffle:
         """The patches with the smallest noise are kept."""

@@ -116,7 +116,6 @@ class SigLIP(DualEncoder):
         return len(sample.images) * self.config.vision.count(side, side) + len(sample.texts) * self.config.text.context
 
     def load_processors(self, folder: Path) -> None:
-        super().load_processors(folder)
         if (folder / "tokenizer.json").is_file():
             self.tokenizer = TextTokenizer.from_folder(folder, length=self.config.text.context, pad="max")
 

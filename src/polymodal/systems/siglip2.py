@@ -202,7 +202,6 @@ class SigLIP2(DualEncoder):
         return Batch(patches=patches, mask=mask, shapes=shapes)
 
     def load_processors(self, folder: Path) -> None:
-        super().load_processors(folder)
         if (folder / "tokenizer.json").is_file():
             self.tokenizer = TextTokenizer.from_folder(folder, length=self.config.text.context, pad="max")
 

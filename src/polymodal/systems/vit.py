@@ -103,7 +103,7 @@ class VisionTransformer(System):
 
     def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
         """The class token after the last norm, at unit length."""
-        return F.normalize(self.vision.class_vector(batch["pixels"]).float(), dim=-1)
+        return F.normalize(self.vision.class_vector(batch["pixels"].to(self.device)).float(), dim=-1)
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch classes"]:
         """A logit for each of ``config.labels``."""

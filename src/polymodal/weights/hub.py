@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from importlib import resources
 from pathlib import Path
 
@@ -46,12 +47,21 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
 
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     pins_file = cache_dir() / "pins.json"
     pins = read_json(pins_file) if pins_file.is_file() else {}
     if not isinstance(pins, dict):
         raise ConfigError(f"{pins_file} is not an object of names and commits; delete it")
-    wanted = revision or pins.get(name, "main")
+    pinned = pins.get(name)
+    wanted = revision or pinned or "main"
+    if wanted == pinned:  # it was whole when it was pinned: no need to ask, unless the cache was cleared since
+        with contextlib.suppress(LocalEntryNotFoundError):
+            patterns = [*SMALL, *WEIGHTS]
+            kept = snapshot_download(
+                name, revision=pinned, allow_patterns=patterns, ignore_patterns="*/*", local_files_only=True
+            )
+            return Path(kept)
     try:
         # Each call asks the Hub, and answers from the local cache where the Hub cannot be reached.
         folder = Path(snapshot_download(name, revision=wanted, allow_patterns=SMALL, ignore_patterns="*/*"))
@@ -60,7 +70,7 @@ def _download(name: str, revision: str | None) -> Path:
     except Exception as error:  # what the client raises without a network has no common base
         raise ConfigError(f"{name}: {_reason(error, wanted)}") from error
     commit = folder.name
-    if pins.get(name) != commit:
+    if pinned != commit:
         write_json(pins_file, pins | {name: commit})
     return folder
 

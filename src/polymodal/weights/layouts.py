@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from polymodal.weights.rules import Rule, Split, Squeeze, rule
+from typing import Any
+
+from polymodal.weights.rules import Rule, Split, Squeeze, Transpose, rule
 
 
 def clip_blocks(theirs: str, ours: str) -> list[Rule]:
@@ -31,6 +33,41 @@ def open_clip_blocks(theirs: str, ours: str) -> list[Rule]:
         rule(f"{t}.mlp.c_fc.{{p}}", f"{o}.mlp.up_proj.{{p}}"),
         rule(f"{t}.mlp.c_proj.{{p}}", f"{o}.mlp.down_proj.{{p}}"),
     ]
+
+
+def open_clip_rules() -> list[Rule]:
+    """All of CLIP as OpenAI and open_clip name it."""
+    return [
+        rule("logit_scale", "head.logit_scale"),
+        rule("visual.proj", "image_projection.weight", Transpose()),
+        rule("text_projection", "text_projection.weight", Transpose()),
+        rule("visual.class_embedding", "vision.class_token"),
+        rule("visual.positional_embedding", "vision.position"),
+        rule("visual.conv1.weight", "vision.patch_embed.weight"),
+        rule("visual.ln_pre.{p}", "vision.pre_norm.{p}"),
+        rule("visual.ln_post.{p}", "vision.norm.{p}"),
+        *open_clip_blocks("visual.transformer", "vision.blocks"),
+        rule("token_embedding.weight", "text.embed_tokens.weight"),
+        rule("positional_embedding", "text.position"),
+        rule("ln_final.{p}", "text.norm.{p}"),
+        *open_clip_blocks("transformer", "text.blocks"),
+    ]
+
+
+# Options of OpenCLIP's towers that no checkpoint of this architecture uses, with the value that they must have.
+_OPEN_CLIP_BLOCK = {"ls_init_value": None, "act_kwargs": None, "norm_kwargs": None, "block_type": None} | dict.fromkeys(
+    ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc"), False
+)
+_OPEN_CLIP_TOWER = _OPEN_CLIP_BLOCK | {"final_ln_after_pool": False, "output_tokens": False}
+OPEN_CLIP_PLAIN: dict[str, dict[str, Any]] = {
+    "model": {"custom_text": False, "init_logit_bias": None, "nonscalar_logit_scale": False},
+    "vision": _OPEN_CLIP_TOWER
+    | {"pool_type": "tok", "no_ln_pre": False, "attentional_pool": False, "pos_embed_type": "learnable"}
+    | {"timm_model_name": None},
+    "text": _OPEN_CLIP_TOWER
+    | {"pool_type": "argmax", "no_causal_mask": False, "embed_cls": False, "proj_bias": False, "proj_type": "linear"}
+    | {"hf_model_name": None},
+}
 
 
 def vit_blocks(theirs: str, ours: str) -> list[Rule]:

@@ -1,0 +1,38 @@
+"""What a system declares about the files of others: their format, and their implementation to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polymodal.weights.files import SINGLE
+from polymodal.weights.rules import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How a system's checkpoints look in one library's files: the config, the names, the image processor."""
+
+    read: Callable[[Mapping[str, Any]], tuple[Any, dict[str, str]]]  # config file -> (Config, what was done per field)
+    write: Callable[[Any], dict[str, Any]]  # Config -> config file
+    rules: Callable[[Any], list[Rule]]
+    config_file: str = "config.json"
+    weights_file: str = SINGLE
+    # Where the library keeps its pre-processing, if not in the Hub's preprocessor_config.json: (folder, Config) -> the
+    # processor, and the processor -> fields that the config file gets.
+    read_images: Callable[[Path, Any], Any] | None = None
+    write_images: Callable[[Any], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The public implementation of a system, for proofs: how to call it on our inputs and what to compare."""
+
+    package: str
+    cls: str
+    inputs: Mapping[str, str]  # our input name -> its keyword
+    output: str  # the attribute of its result that equals our `forward`
+    extra: Mapping[str, Any] | None = None  # further keywords of its call
+    loss: bool = True  # whether its result has a `.loss` equal to ours
