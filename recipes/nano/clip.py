@@ -19,7 +19,7 @@ from polymodal.systems.clip import CLIP, CLIPConfig
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
 from recipes.nano.pictures import CONTEXT, SIZE, Captions, Questions, Redrawn, tokenizer
 
-STEPS = (2000, 800)
+STEPS = (2000, 600)
 
 
 def config(vocab_size: int) -> CLIPConfig:

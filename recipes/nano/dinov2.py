@@ -32,7 +32,7 @@ STEPS = 800
 SIZE, PATCH = 32, 8
 OBJECTIVE = DistillationConfig(
     global_size=SIZE, local_size=24, num_locals=2, num_prototypes=128, hidden_dim=256, bottleneck_dim=64,
-    ibot_bottleneck_dim=64, momentum=0.98, warmup=0.3, frozen=0.02,
+    ibot_bottleneck_dim=64, momentum=0.99, warmup=0.3, frozen=0.02,
 )  # fmt: skip
 CONFIG = DINOv2Config(
     vision=ViTConfig(
@@ -133,11 +133,11 @@ def run(steps: int = STEPS) -> Run:
         model=model,
         stages=[
             Stage(
-                name="distil", steps=steps, batch_size=64, source=Views, lr=2e-3,
+                name="distil", steps=steps, batch_size=64, source=Views, lr=1e-3,
                 schedule=Cosine(warmup=steps // 10), weight_decay=0.05, clip=3.0, precision="bf16", workers=1,
             )
         ],
         evaluate=evaluate,
-        # Set on other pictures of known pairs, before anything held out was looked at.
-        expect={"shape/neighbours": Bar(value=0.20, chance=CHANCE["shape"])},
+        # Set on other pictures of known pairs (0.51 after 300 steps), before anything held out was looked at.
+        expect={"colour/neighbours": Bar(value=0.45, chance=CHANCE["colour"])},
     )  # fmt: skip

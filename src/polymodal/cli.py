@@ -399,11 +399,17 @@ def _print_system(row: dict[str, Any]) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from polymodal.core.files import write_json
     from polymodal.verify import verify
 
-    certificate = verify(arguments.name)
-    print(certificate)
-    return 0
+    certificate = verify(arguments.name, arguments.revision)
+    if arguments.out:
+        write_json(arguments.out, certificate.to_json())
+    if arguments.json:
+        _print_json(certificate.to_json())
+    else:
+        print(plain(certificate.text(), keep="\n"))
+    return 0 if certificate.ok else 1
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -678,13 +684,16 @@ examples:
         "check a checkpoint and write what agrees with the reference implementation",
         """\
 Loads it, checks names, shapes, dtypes and every field of its config, and runs the reference
-implementation where that is installed.
+implementation where that is installed. Ends with 1 if anything is wrong.
 
 examples:
   polymodal verify polymodal/nano-clip
-  polymodal verify ~/models/clip-vit-base-patch32""",
+  polymodal verify ~/models/clip-vit-base-patch32 --out certificate.json""",
     )
     sub.add_argument("name", metavar="NAME_OR_PATH")
+    sub.add_argument("--revision", metavar="REVISION", help="a Hub commit, tag or branch")
+    sub.add_argument("--out", metavar="FILE", help="write the certificate as JSON, too")
+    with_json(sub)
 
     sub = command(
         "demo",

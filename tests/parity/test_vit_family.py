@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,13 @@ def test_every_parameter_gets_a_gradient(folder: Path) -> None:
     fixed = {name for name, p in system.named_parameters() if not p.requires_grad}
     assert fixed <= {"vision.position", "decoder.position"}
     assert names
+
+
+def test_config_that_the_hub_cannot_hold(folder: Path) -> None:
+    """Nothing is written that would load as another system."""
+    system = polymodal.load(folder)
+    for change in ({"pre_norm": True}, {"patch_bias": False}):
+        config = replace(system.config, vision=replace(system.config.vision, **change))
+        with pytest.raises(ConfigError, match="no field for something"):
+            type(system).build(config).save(folder / "other")
+        assert not (folder / "other" / "model.safetensors").exists()

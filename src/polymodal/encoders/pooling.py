@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from polymodal.core.tokens import Tokens
 from polymodal.nn.attention import Attention
 from polymodal.nn.init import siglip_mlp_
-from polymodal.nn.mlp import MLP
+from polymodal.nn.mlp import MLP, ActivationName
 
 
 class AttentionPool(nn.Module):
@@ -18,12 +18,14 @@ class AttentionPool(nn.Module):
     Source: Zhai et al. 2022, "Scaling Vision Transformers", https://arxiv.org/abs/2106.04560.
     """
 
-    def __init__(self, dim: int, num_heads: int, hidden_dim: int, *, norm_eps: float) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, hidden_dim: int, *, activation: ActivationName, norm_eps: float
+    ) -> None:
         super().__init__()
         self.probe = nn.Parameter(torch.empty(dim))
         self.attn = Attention(dim, num_heads)
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = MLP(dim, hidden_dim, "gelu_tanh")
+        self.mlp = MLP(dim, hidden_dim, activation)
 
     @torch.no_grad()
     def init_weights(self) -> None:

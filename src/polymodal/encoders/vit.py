@@ -48,7 +48,7 @@ class ViTConfig:
     num_registers: int = 0
 
     def __post_init__(self) -> None:
-        if self.dim % self.num_heads:
+        if self.num_heads < 1 or self.dim % self.num_heads:
             raise ConfigError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         if self.image_size < self.patch_size:
             raise ConfigError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size}")

@@ -42,6 +42,7 @@ from polymodal.nn.mlp import ActivationName
 from polymodal.systems.base import DualEncoder, Format, Reference
 from polymodal.tokenizers.text import TextTokenizer
 from polymodal.weights.fields import IMAGE_FIELDS, TRANSFORMER_FIELDS, Fields, FieldTable, read_fields, write_fields
+from polymodal.weights.format import different_fields
 from polymodal.weights.layouts import OPEN_CLIP_PLAIN, clip_blocks, open_clip_rules
 from polymodal.weights.rules import Rule, drop, rule
 
@@ -270,8 +271,8 @@ def write_open_clip(c: CLIPConfig) -> dict[str, Any]:
     text = write_fields(c.text, OPEN_TEXT) | {"mlp_ratio": ratios[1]}
     quick = {"quick_gelu": True} if c.vision.activation == "quick_gelu" else {}
     raw = {"model_cfg": {"embed_dim": c.embed_dim, "vision_cfg": vision, "text_cfg": text} | quick}
-    if read_open_clip(raw)[0] != c:
-        raise ConfigError(f"OpenCLIP's format has no field for something in this config, save it as hf: {c}")
+    if lost := different_fields(read_open_clip(raw)[0], c):
+        raise ConfigError(f"save it as hf: OpenCLIP's format cannot hold {', '.join(lost)}")
     return raw
 
 

@@ -274,13 +274,12 @@ def read_hf(raw: Mapping[str, Any]) -> tuple[DINOv2Config, dict[str, str]]:
 def write_hf(c: DINOv2Config) -> dict[str, Any]:
     v, swiglu = c.vision, c.vision.activation == "swiglu"
     ratios = [r for r in range(1, 17) if (swiglu_dim(v.dim, float(r)) if swiglu else r * v.dim) == v.hidden_dim]
-    if not ratios or v.num_registers:
-        raise ConfigError(
-            "on the Hub, registers are not supported and hidden_dim is a multiple of dim (2/3 for SwiGLU)"
-        )
     activation = {} if swiglu else write_fields(v, (("hidden_act", "activation", "gelu"),))
-    fields = write_fields(v, VISION) | {"mlp_ratio": ratios[0], "use_swiglu_ffn": swiglu, "use_mask_token": True}
-    return {"architectures": ["Dinov2Model"], "model_type": "dinov2"} | fields | activation
+    fields = write_fields(v, VISION) | {"mlp_ratio": (*ratios, 4)[0], "use_swiglu_ffn": swiglu, "use_mask_token": True}
+    raw = {"architectures": ["Dinov2Model"], "model_type": "dinov2"} | fields | activation
+    if read_hf(raw)[0] != replace(c, objective=None):
+        raise ConfigError(f"the Hub's format has no field for something here (hidden_dim is a multiple of dim): {c}")
+    return raw
 
 
 def rules_hf(config: DINOv2Config) -> list[Rule]:

@@ -76,7 +76,8 @@ class SigLIP(DualEncoder):
         super().__init__(config)
         v = config.vision
         self.vision = ViT(v)
-        self.pool = AttentionPool(v.dim, v.num_heads, v.hidden_dim, norm_eps=v.norm_eps)
+        assert v.activation != "swiglu"
+        self.pool = AttentionPool(v.dim, v.num_heads, v.hidden_dim, activation=v.activation, norm_eps=v.norm_eps)
         self.text = TextTower(config.text)
         self.text_projection = nn.Linear(config.text.dim, v.dim)
         self.head = SigmoidHead()

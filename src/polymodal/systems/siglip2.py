@@ -144,7 +144,7 @@ class SigLIP2(DualEncoder):
         super().__init__(config)
         v = config.vision
         self.vision = NaFlexTower(v)
-        self.pool = AttentionPool(v.dim, v.num_heads, v.hidden_dim, norm_eps=v.norm_eps)
+        self.pool = AttentionPool(v.dim, v.num_heads, v.hidden_dim, activation=v.activation, norm_eps=v.norm_eps)
         self.text = TextTower(config.text)
         self.text_projection = nn.Linear(config.text.dim, v.dim)
         self.head = SigmoidHead()

@@ -18,7 +18,7 @@ layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -154,9 +154,11 @@ def write_hf(c: VisionTransformerConfig) -> dict[str, Any]:
         "id2label": {str(i): label for i, label in enumerate(c.labels)},
         "label2id": {label: i for i, label in enumerate(c.labels)},
     }
-    return (
-        {"architectures": ["ViTForImageClassification"], "model_type": "vit"} | write_fields(c.vision, VISION) | labels
-    )
+    fields = write_fields(c.vision, VISION) | labels
+    raw = {"architectures": ["ViTForImageClassification"], "model_type": "vit"} | fields
+    if read_hf(raw)[0] != replace(c, vision=replace(c.vision, drop_path=0.0)):
+        raise ConfigError(f"the Hub's format has no field for something in this config: {c}")
+    return raw
 
 
 def rules_hf(config: VisionTransformerConfig) -> list[Rule]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Any, TypeVar
@@ -115,7 +114,7 @@ class Fields:
         self._values = values
 
     def take(self, name: str, kind: type[T], default: T = _NOTHING, *, least: int = 1, most: int = LARGEST) -> T:
-        """The field's value, checked for its type (an int is a float, too) and, if an int, for its range.
+        """The field's value, checked for its type (an int is a float, too) and its range.
 
         A value that is a problem gives the default, so that the rest can be looked at.
         """
@@ -128,8 +127,8 @@ class Fields:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             problem = f"expected {kind.__name__}"
-        elif isinstance(value, float) and not math.isfinite(value):
-            problem = "expected a finite number"
+        elif isinstance(value, float) and not 0 <= value <= LARGEST:
+            problem = f"expected 0 to {LARGEST:,}"
         elif kind is int and not least <= value <= most:  # type: ignore[operator]
             problem = f"expected {least} to {most:,}"
         else:

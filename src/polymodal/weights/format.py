@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +36,15 @@ class Reference:
     output: str  # the attribute of its result that equals our `forward`
     extra: Mapping[str, Any] | None = None  # further keywords of its call
     loss: bool = True  # whether its result has a `.loss` equal to ours
+
+
+def different_fields(one: Any, other: Any, prefix: str = "") -> list[str]:
+    """The fields, nested ones dotted, in which two configs of one type differ."""
+    out = []
+    for name in (f.name for f in fields(one)):
+        a, b = getattr(one, name), getattr(other, name)
+        if is_dataclass(a) and type(a) is type(b):
+            out += different_fields(a, b, f"{prefix}{name}.")
+        elif a != b:
+            out.append(f"{prefix}{name}")
+    return out
