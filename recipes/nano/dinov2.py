@@ -2,8 +2,12 @@
 
 command   polymodal train recipes/nano/dinov2.py --out runs/nano-dinov2
 machine   1 CPU core
-time      TIME
-expected  see `expect` below: nearest neighbours share the shape, in pairs of colour and shape never seen
+time      3 minutes
+expected  nearest neighbours name the colour of 62 % of objects in pairs of colour and shape that were never seen
+          (untrained 15 %, chance 12 %), a linear probe of 68 % (untrained 18 %)
+
+Colour is all that it learns in this time: shape stays at what random features know, and below chance on these pairs,
+because the pictures of the same colour that it finds never have the shape that was held out.
 """
 
 from __future__ import annotations
@@ -128,7 +132,8 @@ def run(steps: int = STEPS) -> Run:
         name="nano-dinov2",
         header=Header(
             command="polymodal train recipes/nano/dinov2.py --out runs/nano-dinov2",
-            machine="1 CPU core", time="TIME", expected="the bars of `expect`",
+            machine="1 CPU core", time="3 minutes",
+            expected="colour/neighbours 0.62 (untrained 0.15), colour/probe 0.68 (untrained 0.18), on held-out pairs",
         ),
         model=model,
         stages=[

@@ -2,8 +2,9 @@
 
 command   polymodal train recipes/nano/mae.py --out runs/nano-mae
 machine   1 CPU core
-time      TIME
-expected  see `expect` below: a linear probe names the shape of objects in pairs of colour and shape never seen
+time      4 minutes
+expected  a linear probe names the shape of 25 % of objects in pairs of colour and shape that were never seen
+          (untrained 7 %, chance 12 %) and the colour of 86 % (untrained 56 %); among known pairs 43 % and 86 %
 """
 
 from __future__ import annotations

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import math
 import platform
 import tempfile
@@ -273,15 +275,16 @@ def _against_reference(system: System, folder: Path, format_name: str, facts: _F
         return
     try:
         # Its own loader, told to open no pickle and to run no code of the checkpoint.
-        theirs, info = cls.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _no_bars():
+            theirs, info = cls.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # whatever it raises on a file that it cannot read is a finding
         yield _failed("reference", [f"{title} does not load it: {type(error).__name__}: {error}"])
         return
@@ -290,6 +293,11 @@ def _against_reference(system: System, folder: Path, format_name: str, facts: _F
     if odd:
         return
     yield from _agreement(system, theirs, format_name)
+
+
+def _no_bars() -> contextlib.AbstractContextManager[Any]:
+    """Progress bars of another library are not ours to show; what goes wrong in it is raised."""
+    return contextlib.redirect_stderr(io.StringIO())
 
 
 def _agreement(system: System, theirs: Any, format_name: str) -> Iterator[Check]:
@@ -338,7 +346,8 @@ def _gradient_error(system: System, theirs: Any, format_name: str) -> float:
     fmt, state = system.formats[format_name], dict(system.named_parameters())
     differences: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
+        with _no_bars():
+            theirs.save_pretrained(folder)
         with Checkpoint(Path(folder), fmt.weights_file) as checkpoint:
             todo = system.plan(fmt, checkpoint.meta())
             assert not todo.problems, todo.problems
