@@ -27,6 +27,9 @@ library_name: polymodal
 
 {about}
 
+It knows emoji, icons and simple shapes by their names and keywords in seven languages (en de fr es it pt nl); it does not
+know photographs. Where a bar stands and is not reached, it was missed.
+
 | question on held-out data | reached | bar | chance |
 |---|---|---|---|
 {rows}
@@ -52,12 +55,12 @@ def main() -> None:
     rows = []
     for metric, value in metrics.items():
         bar = run.expect.get(metric)
-        limits = f"{bar.value:.0%} | {bar.chance:.1%}" if bar and bar.chance is not None else "| "
+        limits = f"{bar.value:.0%} | {bar.chance:.1%}" if bar and bar.chance is not None else " | "
         rows.append(f"| {metric} | {value:.1%} | {limits} |")
     result = read_json(arguments.run / "result.json")
     card = CARD.format(
         name=arguments.name,
-        about=ast.get_docstring(ast.parse(Path(arguments.recipe).read_text())),
+        about=(ast.get_docstring(ast.parse(Path(arguments.recipe).read_text())) or "").partition("\n")[0],
         rows="\n".join(rows),
         minutes=result["seconds"] / 60,
         cpu_minutes=result["cpu_seconds"] / 60,

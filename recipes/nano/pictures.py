@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image as PILImage
 from torch import Tensor
 
@@ -20,7 +20,6 @@ from polymodal.data.worlds.pictograms import Pictograms
 from polymodal.evaluate.retrieval import ranks
 from polymodal.modalities.image import ImageProcessor, PatchProcessor
 from polymodal.tokenizers.text import Pad, TextTokenizer
-from recipes.nano.scenes import close_up
 
 SIZE = 56
 CONTEXT = 32
@@ -78,9 +77,9 @@ class Captions:
         """Pictures of `SIZE` pixels and the ids of their captions."""
         index = np.asarray(indices)
         drawn = self._rows[index[index < len(self._rows)]]
-        pixels = [pictograms.compose(self.drawings(drawn, rng), rng, SIZE)] if len(drawn) else []
+        pixels = [pictograms.compose(world().rgba(drawn), rng, SIZE)] if len(drawn) else []
         texts = [pictograms.caption(world().records[i], rng) for i in drawn]
-        scenes = [self.scene(rng) for _ in range(len(index) - len(drawn))]
+        scenes = [shapes.scene(rng) for _ in range(len(index) - len(drawn))]
         if scenes:
             rendered = np.stack([shapes.render(s, SIZE) for s in scenes])
             pixels.append(torch.from_numpy(rendered).permute(0, 3, 1, 2))
@@ -88,63 +87,9 @@ class Captions:
         ids, _ = self.tokenizer(texts)
         return torch.cat(pixels), ids
 
-    def drawings(self, rows: np.ndarray, rng: np.random.Generator) -> UInt8[np.ndarray, "batch height width 4"]:
-        """The pictograms as their artists drew them."""
-        return world().rgba(rows)
-
-    def scene(self, rng: np.random.Generator) -> shapes.Scene:
-        return shapes.scene(rng)
-
     def batch(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
         pixels, ids = self.raw(indices, rng)
         return Batch(as_batch(self.images, pixels) | {"ids": ids})
-
-
-@dataclass(frozen=True)
-class Redrawn(Captions):
-    """The same, where half of the pictograms are redrawn in one colour and half of the scenes are of one object.
-
-    What only colour tells (a red apple from a green one) is learned from `Captions`; here the form has to do.
-    """
-
-    def drawings(self, rows: np.ndarray, rng: np.random.Generator) -> UInt8[np.ndarray, "batch height width 4"]:
-        rgba = world().rgba(rows)
-        hand = rng.random(len(rows))
-        for redraw, low, high in ((outline, 0.0, 0.25), (ink, 0.25, 0.4), (grey, 0.4, 0.5)):
-            here = (hand >= low) & (hand < high)
-            rgba[here] = redraw(rgba[here])
-        return rgba
-
-    def scene(self, rng: np.random.Generator) -> shapes.Scene:
-        return close_up(rng) if rng.random() < 0.5 else shapes.scene(rng, objects=int(rng.integers(1, 4)))
-
-
-def _light(rgba: UInt8[np.ndarray, "batch height width 4"]) -> Float[np.ndarray, "batch height width"]:
-    """Luminance on white paper, 0 to 1."""
-    alpha = rgba[..., 3].astype(np.float32) / 255
-    return (rgba[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32)) / 255 * alpha + 1 - alpha
-
-
-def _one_colour(value: np.ndarray, alpha: np.ndarray) -> UInt8[np.ndarray, "batch height width 4"]:
-    planes = np.stack([value, value, value, alpha], -1)
-    return (planes.clip(0, 1) * 255).round().astype(np.uint8)
-
-
-def outline(rgba: UInt8[np.ndarray, "batch height width 4"]) -> UInt8[np.ndarray, "batch height width 4"]:
-    """Black lines where the luminance changes."""
-    down, across = np.gradient(_light(rgba), axis=(1, 2))
-    return _one_colour(np.zeros(rgba.shape[:3]), 5 * np.hypot(down, across) - 0.1)
-
-
-def ink(rgba: UInt8[np.ndarray, "batch height width 4"]) -> UInt8[np.ndarray, "batch height width 4"]:
-    """Black where the picture is darker than its own mean, nothing elsewhere."""
-    light, inside = _light(rgba), rgba[..., 3] > 127
-    mean = (light * inside).sum((1, 2)) / np.maximum(inside.sum((1, 2)), 1)
-    return _one_colour(np.zeros(rgba.shape[:3]), 0.5 + 8 * (mean[:, None, None] - light) * inside - 0.5 * ~inside)
-
-
-def grey(rgba: UInt8[np.ndarray, "batch height width 4"]) -> UInt8[np.ndarray, "batch height width 4"]:
-    return _one_colour(_light(rgba), rgba[..., 3] / 255)
 
 
 class Questions:
@@ -155,14 +100,16 @@ class Questions:
 
     def _texts(self, texts: Sequence[str]) -> Tensor:
         chunks = [texts[i : i + 256] for i in range(0, len(texts), 256)]
-        return torch.cat([self.model.encode(self.model.prepare([Sample.of(t) for t in chunk])) for chunk in chunks])
+        return torch.cat(
+            [self.model.encode(self.model.prepare([Sample.of(t) for t in chunk])) for chunk in chunks]
+        ).cpu()
 
     def _pictures(self, rows: Sequence[int] | np.ndarray) -> Tensor:
         chunks = [world().rgba(rows[i : i + 256]) for i in range(0, len(rows), 256)]
         return self._pixels([pictograms.plain(c, SIZE) for c in chunks])
 
     def _pixels(self, chunks: Sequence[Tensor]) -> Tensor:
-        return torch.cat([self.model.encode(as_batch(self.model.images, chunk)) for chunk in chunks])
+        return torch.cat([self.model.encode(as_batch(self.model.images, chunk)) for chunk in chunks]).cpu()
 
     def _by_name(self, rows: np.ndarray, language: str = "en") -> dict[str, float]:
         """Text to picture among ``rows``; every picture of the same name counts."""

@@ -79,4 +79,4 @@ class Questions:
         self, model: Embeds, images: ImageProcessor, size: int, part: list[shapes.Scene]
     ) -> Float[Tensor, "scenes dim"]:
         pixels = images.normalise(render(part, size))
-        return torch.cat([model.encode(Batch(pixels=chunk)) for chunk in pixels.split(250)])
+        return torch.cat([model.encode(Batch(pixels=chunk)) for chunk in pixels.split(250)]).cpu()

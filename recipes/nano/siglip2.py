@@ -1,4 +1,4 @@
-"""SigLIP 2 NaFlex of 3.9 million parameters: nano-clip's data in five aspects, at most 49 patches a picture.
+"""SigLIP 2 NaFlex of about 4 million parameters: nano-clip's data in five aspects, at most 49 patches a picture.
 
 command   polymodal train recipes/nano/siglip2.py --out runs/nano-siglip2
 machine   2 CPU cores with AVX512-BF16

@@ -50,9 +50,10 @@ class Pictures:
 
 
 def evaluate(trained: nn.Module) -> dict[str, float]:
+    device = next(trained.parameters()).device
     found = {}
     for name, held_out in (("known pairs", False), ("unseen pairs", True)):
-        asked = draw(np.random.default_rng(1), 1000, held_out=held_out)
+        asked = draw(np.random.default_rng(1), 1000, held_out=held_out).to(device)
         found[name] = float((trained(asked).argmax(1) == asked["labels"]).float().mean())
     return found
 

@@ -44,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has enough. Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:  # a full disk, a folder that may not be written to
+        if arguments.debug:
+            raise
+        where = f": {error.filename}" if error.filename is not None else ""
+        print("polymodal: " + plain(f"{error.strerror or error}{where}", keep="\n"), file=sys.stderr)
+        return 1
 
 
 def _show_warning(
@@ -80,7 +86,18 @@ def _index(arguments: argparse.Namespace) -> int:
             old = Meta.read(path)
     folders = [Path(f).expanduser().resolve() for f in arguments.folders]
     if rebuild and old:
-        folders += [Path(r) for r in old.roots if Path(r).is_dir()]
+        away = [r for r in old.roots if not Path(r).is_dir()]
+        if away and not folders:
+            raise ConfigError(
+                f"not there now: {', '.join(away)}. Their pictures would be lost to the index: mount them, or say "
+                "which folders it shall hold: polymodal index DIR --rebuild"
+            )
+        folders += [Path(r) for r in old.roots if r not in away]
+    if rebuild and not folders:
+        raise ConfigError(
+            f"the index at {path} does not say which folders it was made of; say which folders: "
+            "polymodal index DIR --rebuild"
+        )
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")

@@ -199,6 +199,22 @@ def test_another_model_is_refused_and_rebuild_keeps_the_folders(run: Run, model:
     assert json.loads(run("search", "x", "--json"))["model"] == name
 
 
+def test_rebuild_never_forgets_folders_in_silence(run: Run, model: str, place: Path) -> None:
+    for name in "ab":
+        draw(place / name, 2)
+    run("index", "a", "b", "--model", model)
+    (place / "b").rename(place / "unplugged")
+    run("index", "--rebuild", code=1, error=f"not there now: {place}/b.*polymodal index DIR --rebuild")
+    assert json.loads(run("index", "a", "--json"))["pictures"] == 4
+    assert "2 added" in run("index", "a", "--rebuild")
+
+    meta = json.loads((place / "index/index.json").read_text())
+    (place / "index/index.json").write_text(json.dumps({**meta, "format": 99}))
+    run("index", "--rebuild", code=1, error="say which folders: polymodal index DIR --rebuild")
+    assert (place / "index/tables").is_dir()
+    assert "2 added" in run("index", "a", "--model", model, "--rebuild")
+
+
 def test_a_terminal_obeys_no_file_name(run: Run, model: str, place: Path) -> None:
     draw(place / "p", 1)
     (place / "p/0.png").rename(place / "p/\x1b[31m[red]x\u202e.png")
@@ -333,6 +349,14 @@ def test_an_error_is_one_message_and_debug_shows_all(run: Run) -> None:
     run("embed", "a.png", code=1, error=r"\Apolymodal: say where the vectors go[^\n]*\n\Z")
     with pytest.raises(ConfigError):
         main(["embed", "a.png", "--debug"])
+
+
+def test_what_the_system_refuses_is_one_message(run: Run, model: str, place: Path) -> None:
+    draw(place, 1)
+    command = ["embed", "0.png", "--model", model, "--out", "0.png/v.npy"]
+    run(*command, code=1, error=r"\Apolymodal: (Not a directory|File exists): [^\n]*0\.png[^\n]*\n\Z")
+    with pytest.raises(OSError, match=r"0\.png"):
+        main([*command, "--debug"])
 
 
 def test_a_bug_is_not_dressed_up_as_the_users_error(monkeypatch: pytest.MonkeyPatch) -> None:

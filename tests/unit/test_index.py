@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
+from PIL.PngImagePlugin import PngInfo
 
 from polymodal.core.errors import ConfigError, IndexStateError
 from polymodal.core.sample import Image
+from polymodal.modalities.image import thumbnail
 from polymodal.retrieve import Index, Progress, Report
+from polymodal.retrieve.ingest import Failed, embed_files
 from polymodal.retrieve.lock import writer
 from polymodal.retrieve.walk import Found, Unreadable, walk
 from tests.histogram import Histogram
@@ -155,6 +158,41 @@ def test_a_transparent_picture_is_given_to_the_model_as_it_is(index: Index, tmp_
     assert modes == ["RGBA"]
 
 
+@pytest.mark.parametrize("kind", ["gif", "png"])
+def test_a_long_comment_neither_fails_nor_leaks(index: Index, model: Histogram, folder: Path, kind: str) -> None:
+    comment = "secret " * 15_000  # a JPEG holds 64 kB
+    facts = PngInfo()
+    facts.add_text("comment", comment)
+    with (folder / f"long.{kind}").open("wb") as file:
+        PILImage.new("RGB", (8, 8), "red").save(file, kind, comment=comment.encode(), pnginfo=facts)
+    assert index.update(model, [folder]).added == 7
+    assert b"secret" not in index.thumbnails([str(folder / f"long.{kind}")]).popitem()[1]
+
+
+def test_a_picture_that_memory_cannot_hold_fails_alone(
+    index: Index, model: Histogram, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(folder / "wide.png", 9, (300, 20))
+    real = thumbnail
+
+    def small(picture: PILImage.Image, side: int) -> PILImage.Image:
+        if picture.width == 300:
+            raise MemoryError
+        return real(picture, side)
+
+    monkeypatch.setattr("polymodal.retrieve.ingest.thumbnail", small)
+    report = index.update(model, [folder])
+    assert report.added == 6
+    assert report.failed == [(str(folder / "wide.png"), "not enough memory")]
+
+
+def test_a_file_that_became_a_pipe_does_not_block(index: Index, model: Histogram, folder: Path) -> None:
+    os.mkfifo(folder / "pipe.png")
+    ((failed,),) = embed_files(model, [Found(str(folder / "pipe.png"), 10, 0)], workers=1)
+    assert isinstance(failed, Failed)
+    assert failed.reason == "is not a regular file"
+
+
 def hostile(folder: Path) -> set[str]:
     """Files that must be listed and never be fatal."""
     folder.mkdir(exist_ok=True)
@@ -275,6 +313,23 @@ def test_a_root_that_is_away_keeps_its_pictures(index: Index, model: Histogram, 
         index.update(model, [folder / "a/0.png"])
 
 
+def test_an_empty_mount_point_keeps_its_pictures(index: Index, model: Histogram, folder: Path, tmp_path: Path) -> None:
+    draw(tmp_path / "disk/1.png", 77)
+    index.update(model, [folder, tmp_path / "disk"])
+    (tmp_path / "disk/1.png").rename(tmp_path / "away.png")
+    for folders in ([], [tmp_path / "disk"]):
+        report = index.update(model, folders)
+        assert report.deleted == 0
+        assert report.failed == [
+            (str(tmp_path / "disk"), "the folder is empty; its pictures stay (use --rebuild if they are gone)")
+        ]
+    assert len(rows(index)) == 7
+    (tmp_path / "away.png").rename(tmp_path / "disk/1.png")
+    assert counts(index.update(model)) == (0, 0, 0, 0, 7)
+    (tmp_path / "disk/1.png").rename(tmp_path / "disk/notes.txt")
+    assert index.update(model).deleted == 1, "a folder that holds anything is there"
+
+
 def test_overlapping_folders_hold_each_file_once(index: Index, model: Histogram, folder: Path) -> None:
     index.update(model, [folder / "a"])
     assert counts(index.update(model, [folder, folder / "b", folder])) == (3, 0, 0, 0, 3)
@@ -306,13 +361,31 @@ def test_open_says_what_is_wrong(tmp_path: Path, model: Histogram) -> None:
     with pytest.raises(IndexStateError, match="already"):
         Index.create(tmp_path / "i", model)
     meta = json.loads((index.path / "index.json").read_text())
-    for damage in ({**meta, "format": 99}, [], {}):
-        (index.path / "index.json").write_text(json.dumps(damage))
-        with pytest.raises(IndexStateError, match="--rebuild"):
-            Index.open(index.path)
-    (index.path / "index.json").write_text("{")
-    with pytest.raises(ConfigError, match="not valid JSON"):
+    (index.path / "index.json").write_text(json.dumps({**meta, "format": 99}))
+    with pytest.raises(IndexStateError, match="--rebuild"):
         Index.open(index.path)
+    for damage in ("[]", "{}", "{"):
+        (index.path / "index.json").write_text(damage)
+        with pytest.raises(IndexStateError, match="damaged"):
+            Index.open(index.path)
+
+
+def test_a_strangers_folder_is_never_emptied(tmp_path: Path, model: Histogram) -> None:
+    for number, names in enumerate((["index.json"], ["lock"], ["lock", "index.json"], ["index.json", "mine.txt"])):
+        folder = tmp_path / str(number)
+        (folder / "tables").mkdir(parents=True)
+        (folder / "tables/precious").touch()
+        for name in names:
+            (folder / name).write_text('{"format": 1}')
+        with pytest.raises(IndexStateError, match=r"does not describe an index|holds other files"):
+            Index.create(folder, model, overwrite=True)
+        assert (folder / "tables/precious").exists()
+    index = Index.create(tmp_path / "i", model)
+    (index.path / ".index.json.abc.tmp").touch()  # of a process that was killed
+    Index.create(index.path, model, overwrite=True)
+    (index.path / "mine.txt").touch()
+    with pytest.raises(IndexStateError, match=r"holds other files \(mine.txt\)"):
+        Index.create(index.path, model, overwrite=True)
 
 
 def test_one_writer(index: Index, model: Histogram, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,18 @@ def test_a_missing_module_is_told_from_a_module_that_misses_one(tmp_path: Path, 
         load_run("recipes.nowhere.at_all")
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
         load_run("halfbaked")
+
+
+def test_a_recipe_file_finds_its_own_package(tmp_path: Path, monkeypatch: Any) -> None:
+    """Whatever the current folder is."""
+    inner = tmp_path / "cookbook" / "small"
+    inner.mkdir(parents=True)
+    for folder in (inner, inner.parent):
+        (folder / "__init__.py").touch()
+    (inner / "kitchen.py").write_text("from tests.unit.toy_run import run")
+    (inner / "dish.py").write_text("from cookbook.small.kitchen import run")
+    monkeypatch.setattr("sys.path", list(sys.path))
+    assert load_run(inner / "dish.py").name == "toy"
 
 
 def test_something_that_cannot_train_is_refused(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ print(json.dumps({"peak": memory("VmHWM") - before, "weights": weights}))
 def wide(name: str, hidden_dim: int) -> Any:
     """A system with few layers, whose weights can be large."""
     config = NANO[name]
-    shape = {"dim": 512, "hidden_dim": hidden_dim}
+    shape = {"dim": 512, "hidden_dim": hidden_dim, "activation": "gelu", "norm_eps": 1e-5}  # all formats can hold it
     return replace(config, vision=replace(config.vision, **shape), text=replace(config.text, **shape))
 
 

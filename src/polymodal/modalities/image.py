@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def open_picture(image: Image, *, max_pixels: int = MAX_PIXELS, max_bytes: int =
             raise _too_many_bytes(where, len(source), max_bytes)
         opened = _open(where, io.BytesIO(source))
     elif isinstance(source, str | Path):
-        opened = _open(where, io.BytesIO(_read(where, source, max_bytes)))
+        opened = _open(where, io.BytesIO(read_picture(source, where=where, max_bytes=max_bytes)))
     else:
         raise MediaError(
             f"{where}: a picture is a path, encoded bytes, a PIL image or a uint8 array, not {type(source).__name__}"
@@ -124,24 +125,32 @@ def _too_many_bytes(where: str, size: int, limit: int) -> MediaError:
     return MediaError(f"{where}: {size:,} bytes are more than the {limit:,} allowed")
 
 
-def _read(where: str, path: str | Path, max_bytes: int) -> bytes:
+def read_picture(path: str | Path, *, where: str, max_bytes: int = MAX_BYTES) -> bytes:
+    """The bytes of a picture file; ``where`` names it in errors.
+
+    Raises:
+        MediaError: there is no such regular file, it is too large, or it may not be read.
+    """
     if "://" in str(path):
         raise MediaError(f"{where}: addresses are not fetched; download the picture and pass its path or bytes")
     try:
-        # Opening a pipe or a device could block for ever, so only regular files are opened.
-        facts = Path(path).stat()
-        if stat.S_ISDIR(facts.st_mode):
-            raise MediaError(f"{where}: is a folder, not a picture")
-        if not stat.S_ISREG(facts.st_mode):
-            raise MediaError(f"{where}: is not a regular file")
-        if facts.st_size > max_bytes:
-            raise _too_many_bytes(where, facts.st_size, max_bytes)
-        return Path(path).read_bytes()
+        # Looked at after it is opened, so that it is what is read; opened so that a pipe does not block for ever.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise MediaError(f"{where}: is not a regular file")
+            if facts.st_size > max_bytes:
+                raise _too_many_bytes(where, facts.st_size, max_bytes)
+            return file.read(facts.st_size)  # no more, should it grow
+    except IsADirectoryError:
+        raise MediaError(f"{where}: is a folder, not a picture") from None
     except FileNotFoundError:
         raise MediaError(f"{where}: there is no such file") from None
     except PermissionError:
         raise MediaError(f"{where}: may not be read (permission denied)") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise MediaError(f"{where}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise MediaError(f"{where}: cannot be read") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -18,7 +19,8 @@ def fast_bf16() -> bool:
     if torch.cuda.is_available():
         return True
     if not callable(getattr(torch.cpu, "get_capabilities", None)):  # torch before 2.13 cannot say
-        return False
+        cpu = Path("/proc/cpuinfo")
+        return cpu.is_file() and any(flag in cpu.read_text() for flag in ("avx512_bf16", "amx_bf16"))
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 

@@ -17,7 +17,7 @@ from polymodal.core.sample import Sample
 from polymodal.core.verbs import Embeds
 from polymodal.retrieve.ingest import Done, Failed, embed_files, file_time
 from polymodal.retrieve.lock import writer
-from polymodal.retrieve.reader import FORMAT, META, Hit, Meta, Reader
+from polymodal.retrieve.reader import FORMAT, META, Hit, Meta, Reader, read_meta
 from polymodal.retrieve.store import FAILURES, PICTURES, Store
 from polymodal.retrieve.walk import Found, Unreadable, walk
 
@@ -69,8 +69,7 @@ class Index(Reader):
             IndexStateError: there is an index, another process is writing to it, or the folder holds other things.
         """
         path = Path(path).expanduser().resolve()
-        if path.is_dir() and any(path.iterdir()) and not (path / META).is_file() and not (path / "lock").is_file():
-            raise IndexStateError(f"{path} holds other files; an index wants a folder of its own")
+        _refuse_strangers(path)
         with writer(path / "lock"):
             if (path / META).is_file() and not overwrite:
                 raise IndexStateError(f"there is an index at {path} already")
@@ -170,6 +169,11 @@ class _Update:
         todo: list[Found] = []
         seen: set[str] = set()
         kept: list[str] = []  # what cannot be looked at now is not taken for deleted
+        for root in present:
+            # The mount point of a disk that is not mounted looks like this.
+            if _is_empty(root) and any(_under(p, root) for p in self.known):
+                self.failed.append((root, "the folder is empty; its pictures stay (use --rebuild if they are gone)"))
+                kept.append(root)
         unchanged = 0
         for item in (item for root in present for item in walk(root, str(self.index.path))):
             if isinstance(item, Unreadable):
@@ -295,6 +299,26 @@ class _Update:
         if self.progress is not None:
             seconds = time.monotonic() - self.started
             self.progress(Progress(done=self.done, total=self.total, failed=len(self.failed), seconds=seconds))
+
+
+def _refuse_strangers(path: Path) -> None:
+    """Raises IndexStateError when the folder holds what an index has not written: it may be emptied next."""
+    names = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    own = {"lock", META, "tables"} if META in names else {"lock"}
+    others = sorted(n for n in names - own if not (n.startswith(f".{META}.") and n.endswith(".tmp")))
+    if others:
+        shown = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        raise IndexStateError(f"{path} holds other files ({shown}); an index wants a folder of its own")
+    if META in names:
+        read_meta(path / META)
+
+
+def _is_empty(folder: str) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return False  # `walk` says why it cannot be looked at
 
 
 def _hash(file: Found) -> str:

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from polymodal.core.batch import Batch
 from polymodal.core.errors import MediaError
 from polymodal.core.sample import Image, Sample
 from polymodal.core.verbs import Embeds
-from polymodal.modalities.image import MAX_BYTES, decode, open_picture, thumbnail
+from polymodal.modalities.image import decode, open_picture, read_picture, thumbnail
 from polymodal.retrieve.walk import Found
 
 BATCH = 64
@@ -92,28 +91,26 @@ def _failures(batch: list[_Read | Failed]) -> Iterator[Failed]:
 
 def _read(model: Embeds, file: Found) -> _Read | Failed:
     try:
-        if file.size > MAX_BYTES:  # before it is in memory
-            raise MediaError(f"{file.size:,} bytes are more than the {MAX_BYTES:,} allowed")
-        data = Path(file.path).read_bytes()
+        data = read_picture(file.path, where=file.path)
         opened = open_picture(Image(data, name=file.path))
         picture = decode(Image(opened, name=file.path))
         # `opened` keeps its pixels: nothing is decoded twice, and the model treats transparency in its own way.
         inputs = model.prepare([Sample((Image(opened, name=file.path),))])
+        row = {
+            "path": file.path,
+            "hash": hashlib.sha256(data).hexdigest(),
+            "bytes": file.size,
+            "mtime_ns": file.mtime_ns,
+            "modified": file_time(file.mtime_ns),
+            "time": _taken(opened),
+            "width": picture.width,
+            "height": picture.height,
+            "thumbnail": jpeg(thumbnail(picture, THUMBNAIL)),
+        }
     except MediaError as error:
         return Failed(file, str(error).removeprefix(f"{file.path}: "))
-    except OSError as error:
-        return Failed(file, f"cannot be read: {error.strerror}")
-    row = {
-        "path": file.path,
-        "hash": hashlib.sha256(data).hexdigest(),
-        "bytes": file.size,
-        "mtime_ns": file.mtime_ns,
-        "modified": file_time(file.mtime_ns),
-        "time": _taken(opened),
-        "width": picture.width,
-        "height": picture.height,
-        "thumbnail": jpeg(thumbnail(picture, THUMBNAIL)),
-    }
+    except MemoryError:
+        return Failed(file, "not enough memory")
     return _Read(file, row, inputs)
 
 
@@ -128,9 +125,11 @@ def _taken(picture: PILImage.Image) -> dt.datetime | None:
 
 
 def jpeg(picture: PILImage.Image) -> bytes:
-    """A picture as the bytes of a JPEG, for a thumbnail."""
+    """A picture as the bytes of a JPEG, for a thumbnail: pixels only."""
+    bare = picture.copy()
+    bare.info = {}  # Pillow would copy the comment, of which a JPEG holds no more than 64 kB
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=82)
+    bare.save(buffer, "JPEG", quality=82)
     return buffer.getvalue()
 
 

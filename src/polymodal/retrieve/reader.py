@@ -50,8 +50,8 @@ class Meta:
         file = Path(path) / META
         if not file.is_file():
             raise IndexStateError(f"there is no index at {path}; make one: polymodal index DIR{_at(path)}")
-        value = read_json(file)
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
+        value = read_meta(file)
+        if value["format"] != FORMAT:
             raise IndexStateError(
                 f"{path} is not an index of format {FORMAT}, the one that this version reads and writes; "
                 f"make it anew: polymodal index DIR{_at(path)} --rebuild"
@@ -170,6 +170,24 @@ class Reader:
         )
 
 
+def read_meta(file: Path) -> dict[str, Any]:
+    """The content of an ``index.json`` that an index of any format has written.
+
+    Raises:
+        IndexStateError: something else has written it, or it is damaged.
+    """
+    try:
+        value = read_json(file)
+    except ConfigError:
+        value = None
+    if not isinstance(value, dict) or not {"format", "fingerprint"} <= value.keys():
+        raise IndexStateError(
+            f"{file} does not describe an index: it is damaged, or another program's. Remove {file.parent} if nothing "
+            f"in it is needed, and make an index anew: polymodal index DIR{_at(file.parent)}"
+        )
+    return value
+
+
 def _at(path: str | Path) -> str:
     """The command line option for an index that is not at the default place."""
     return "" if Path(path) == default_path() else f" --index {shlex.quote(str(path))}"
@@ -189,18 +207,18 @@ def _grouped(found: Any) -> list[Hit]:
     """Hits of a pyarrow table, best first, each with its near-duplicates."""
     vectors = np.stack(found["vector"].to_numpy()) if found.num_rows else np.empty((0, 1), np.float32)
     hits: list[Hit] = []
-    leaders: list[int] = []
+    leaders = np.empty_like(vectors)  # row i is the vector of hit i
     hashes: dict[str, int] = {}
     copies: list[list[str]] = []
     for number, row in enumerate(found.drop_columns(["vector"]).to_pylist()):
         like = hashes.get(row["hash"])
-        if like is None and leaders:
-            cosines = vectors[leaders] @ vectors[number]
+        if like is None and hits:
+            cosines = leaders[: len(hits)] @ vectors[number]
             like = int(cosines.argmax()) if cosines.max() >= SAME else None
         if like is None:
             hashes[row["hash"]] = len(hits)
+            leaders[len(hits)] = vectors[number]
             hits.append(_hit(row))
-            leaders.append(number)
             copies.append([])
         else:
             hashes.setdefault(row["hash"], like)

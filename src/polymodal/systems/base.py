@@ -24,7 +24,7 @@ from polymodal.nn.skeleton import skeleton
 from polymodal.tokenizers.text import TextTokenizer
 from polymodal.weights.files import Checkpoint, write_shards
 from polymodal.weights.format import Format, Reference
-from polymodal.weights.rules import Plan, plan, to_theirs, unplan
+from polymodal.weights.rules import Copy, Plan, plan, to_theirs, unplan
 
 PREPROCESSOR = "preprocessor_config.json"
 
@@ -155,14 +155,19 @@ class System(nn.Module):
         dtype: torch.dtype = torch.float32,
         shard_bytes: int = 5 << 30,
     ) -> Path:
-        """Writes config, processors and weights in a format of the Hub; weights last, so that a cut leaves no model.
+        """Writes config, processors and weights in a format of the Hub; in a new folder a cut leaves no model.
 
         Args:
             folder: to write to; it is made.
             format_name: one of ``formats``.
             dtype: of the floating-point tensors in the file.
             shard_bytes: a larger model is split into files of at most this size, with an index.
+
+        Raises:
+            UnsupportedError: the model has adapters, which the format has no names for.
         """
+        if any(".lora_" in name for name, _ in self.named_parameters()):
+            raise UnsupportedError("this model has LoRA adapters: merge_lora(model) first, or save_peft(model, folder)")
         folder = Path(folder)
         fmt = self.formats[format_name]
         state = self.state_dict()
@@ -189,6 +194,12 @@ class System(nn.Module):
         """Tensors by our names (weights or their gradients) under the names and layouts of a format."""
         return to_theirs(self.formats[format_name].rules(self.config), tensors)
 
+    def hub_layers(self, format_name: str = "hf") -> dict[str, str]:
+        """Our names of the layers that a format holds unchanged -> their names there (for LoRA adapters)."""
+        steps = unplan(self.formats[format_name].rules(self.config), self.state_dict())
+        weights = [(s.ours[0], s.theirs[0]) for s in steps if isinstance(s.op, Copy) and s.ours[0].endswith(".weight")]
+        return {ours.removesuffix(".weight"): theirs.removesuffix(".weight") for ours, theirs in weights}
+
     # -- embedding: the Embeds protocol
 
     @property
@@ -202,7 +213,7 @@ class System(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Hash of the weights, the config and the pre-processing."""
-        if self._fingerprint is None:
+        if self._fingerprint is None or self.training:
             digest = hashlib.sha256(repr((type(self).__name__, asdict(self.config), self.images)).encode())
             if self.tokenizer is not None:
                 digest.update(self.tokenizer.fingerprint.encode())
@@ -213,7 +224,8 @@ class System(nn.Module):
         return self._fingerprint
 
     def train(self, mode: bool = True) -> System:
-        self._fingerprint = None  # the weights may be about to change
+        if mode:
+            self._fingerprint = None  # the weights are about to change
         return super().train(mode)
 
     def prepare(self, items: Sequence[Sample]) -> Batch:
@@ -236,7 +248,7 @@ class System(nn.Module):
         """Unit vectors in fp32, where the weights are, for what `prepare` made."""
         raise UnsupportedError(f"{type(self).__name__} gives no vectors")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(
         self, items: Any, *, batch_size: int = 64, progress: Callable[[int], None] | None = None
     ) -> Float[Tensor, "samples dim"]:
@@ -248,15 +260,18 @@ class System(nn.Module):
             [i for i, s in enumerate(todo) if not s.images],
         ]
         was_training = self.training
-        self.eval()
-        for group in groups:
-            for start in range(0, len(group), batch_size):
-                rows = group[start : start + batch_size]
-                out[rows] = self.encode(self.prepare([todo[i] for i in rows])).cpu()
-                if progress is not None:
-                    progress(len(rows))
         if was_training:
-            self.train()
+            self.eval()
+        try:
+            for group in groups:
+                for start in range(0, len(group), batch_size):
+                    rows = group[start : start + batch_size]
+                    out[rows] = self.encode(self.prepare([todo[i] for i in rows])).cpu()
+                    if progress is not None:
+                        progress(len(rows))
+        finally:
+            if was_training:
+                self.train()
         return out
 
 

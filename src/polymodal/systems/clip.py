@@ -57,6 +57,8 @@ class CLIPConfig:
     eot_id: int
 
     def __post_init__(self) -> None:
+        if not self.text.causal:
+            raise ConfigError("the text tower of CLIP is causal: what follows the end token must not be seen")
         if not 0 <= self.eot_id < self.text.vocab_size:  # it would be found nowhere, and the first token read instead
             raise ConfigError(f"the end of text {self.eot_id} is not in a vocabulary of {self.text.vocab_size}")
 

@@ -14,7 +14,8 @@ one fused matrix, the patch convolution as a linear layer), class and mask token
 The vector of a picture is the mean of the patch tokens after the last norm, without masking (the paper's global
 pooling; the class token was never trained to hold anything).
 
-Deviations: none known. Training takes pictures of the native size only, as the official code does.
+Deviations: class and mask tokens take no weight decay (they are vectors here). Training takes pictures of the native
+size only, as the official code does.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from polymodal.core.errors import ConfigError
 from polymodal.core.sample import Sample
 from polymodal.core.verbs import TensorSpec
 from polymodal.encoders.pooling import AttentionPool
@@ -48,6 +49,10 @@ class SigLIPConfig:
 
     vision: ViTConfig
     text: TextConfig
+
+    def __post_init__(self) -> None:
+        if self.text.causal:
+            raise ConfigError("the text tower of SigLIP is bidirectional: TextConfig(causal=False, ...)")
 
 
 def preset(patch: int, size: int, dim: int, layers: int, heads: int, hidden: int, vocab: int = 32000) -> SigLIPConfig:

@@ -75,6 +75,10 @@ class SigLIP2Config:
     vision: NaFlexConfig
     text: TextConfig
 
+    def __post_init__(self) -> None:
+        if self.text.causal:
+            raise ConfigError("the text tower of SigLIP is bidirectional: TextConfig(causal=False, ...)")
+
 
 def preset(dim: int, layers: int, heads: int, hidden: int) -> SigLIP2Config:
     shape: dict[str, Any] = dict(dim=dim, num_layers=layers, num_heads=heads, hidden_dim=hidden, activation="gelu_tanh")

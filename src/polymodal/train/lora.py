@@ -1,9 +1,12 @@
-"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) as a transform over a built model, in PEFT's file format."""
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) as a transform over a built model, in PEFT's file format.
+
+An adapter for a model of transformers has that library's names: ``load_peft(model, folder, names=model.hub_layers())``.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -126,8 +129,11 @@ def merge_lora(model: Model) -> Model:
     return model
 
 
-def save_peft(model: nn.Module, folder: str | Path) -> None:
+def save_peft(model: nn.Module, folder: str | Path, *, names: Mapping[str, str] | None = None) -> None:
     """Writes the adapters as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Args:
+        names: our names of layers -> those in the file; a layer without an entry keeps its own.
 
     Raises:
         ConfigError: the model has no adapters.
@@ -135,9 +141,11 @@ def save_peft(model: nn.Module, folder: str | Path) -> None:
     adapters = _adapters(model)
     if not adapters:
         raise ConfigError("the model has no LoRA adapters to save: add_lora(model) makes them")
+    names = names or {}
+    adapters = {names.get(name, name): adapter for name, adapter in adapters.items()}
     first = next(iter(adapters.values()))
     ends = sorted({name.rpartition(".")[2] for name in adapters})
-    others = [name for name in _linears(model) if any(_is_target(name, end) for end in ends)]
+    others = [name for name in _linears(model) if any(_is_target(names.get(name, name), end) for end in ends)]
     folder = Path(folder)
     tensors = {
         f"{PREFIX}{name}.{part}.weight": getattr(adapter, part).weight.detach().cpu().contiguous()
@@ -166,8 +174,11 @@ def save_peft(model: nn.Module, folder: str | Path) -> None:
     )
 
 
-def load_peft(model: Model, folder: str | Path) -> Model:
+def load_peft(model: Model, folder: str | Path, *, names: Mapping[str, str] | None = None) -> Model:
     """Adds the adapters of a PEFT folder to ``model``, in place and completely.
+
+    Args:
+        names: our names of layers -> those in the file; a layer without an entry has its own there.
 
     Raises:
         ConfigError: the adapter is no plain LoRA (DoRA, rsLoRA, ranks that differ by layer, trained biases ...).
@@ -182,16 +193,19 @@ def load_peft(model: Model, folder: str | Path) -> Model:
     except (SafetensorError, OSError) as error:
         raise WeightsError(str(path), [f"it cannot be read: {error}"]) from None
     targets, rank = config["target_modules"], config["r"]
-    layers = _linears(model)
+    linears = _linears(model)
+    ours = {(names or {}).get(name, name): name for name in linears}
+    layers = {theirs: linears[name] for theirs, name in ours.items()}
     if isinstance(targets, str):  # a regular expression: PEFT has written a pair for each layer that it matched
         held = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
-        names = [name for name in layers if name in held]
+        chosen = [name for name in layers if name in held]
     else:
-        names = [name for name in layers if any(_is_target(name, target) for target in targets)]
+        chosen = [name for name in layers if any(_is_target(name, target) for target in targets)]
     expected = {}
-    for name in names:
-        expected[f"{PREFIX}{name}.lora_A.weight"] = (rank, layers[name].in_features)
-        expected[f"{PREFIX}{name}.lora_B.weight"] = (layers[name].out_features, rank)
+    for name in chosen:
+        wide, narrow = layers[name].weight.shape
+        expected[f"{PREFIX}{name}.lora_A.weight"] = (rank, narrow)
+        expected[f"{PREFIX}{name}.lora_B.weight"] = (wide, rank)
     problems = [f"{key} is missing" for key in expected if key not in tensors]
     problems += [f"{key} fits no layer that target_modules names" for key in tensors if key not in expected]
     problems += [
@@ -199,12 +213,19 @@ def load_peft(model: Model, folder: str | Path) -> Model:
         for key, shape in expected.items()
         if key in tensors and tuple(tensors[key].shape) != shape
     ]
-    if problems or not names:
+    if problems or not chosen:
         raise WeightsError(str(path), problems or [f"no linear layer of the model matches {targets}"])
-    add_lora(model, names, rank=rank, alpha=float(config["lora_alpha"]), dropout=float(config["lora_dropout"]))
+    add_lora(
+        model,
+        [ours[name] for name in chosen],
+        rank=rank,
+        alpha=float(config["lora_alpha"]),
+        dropout=float(config["lora_dropout"]),
+    )
     with torch.no_grad():
         for key, tensor in tensors.items():
-            model.get_parameter(key.removeprefix(PREFIX)).copy_(tensor)
+            name, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
+            model.get_parameter(f"{ours[name]}.lora_{part}").copy_(tensor)
     return model
 
 

@@ -234,6 +234,9 @@ def _module(where: str) -> ModuleType:
     if path.suffix == ".py":
         if not path.is_file():
             raise ConfigError(f"the recipe {path} does not exist")
+        top = next(p for p in path.resolve().parents if not (p / "__init__.py").is_file())
+        if str(top) not in sys.path:
+            sys.path.insert(0, str(top))  # it may import its own package
         name = f"polymodal_recipe_{path.stem}"
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None

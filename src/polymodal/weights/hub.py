@@ -70,7 +70,7 @@ def _download(name: str, revision: str | None) -> Path:
     except Exception as error:  # what the client raises without a network has no common base
         raise ConfigError(f"{name}: {_reason(error, wanted)}") from error
     commit = folder.name
-    if pinned != commit:
+    if pinned is None or (revision == "main" and pinned != commit):
         write_json(pins_file, pins | {name: commit})
     return folder
 
