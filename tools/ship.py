@@ -27,8 +27,8 @@ library_name: polymodal
 
 {about}
 
-It knows emoji, icons and simple shapes by their names and keywords in seven languages (en de fr es it pt nl); it does not
-know photographs. Where a bar stands and is not reached, it was missed.
+It knows emoji, icons and simple shapes by their names and keywords in seven languages (en de fr es it pt nl); it does
+not know photographs. Where a bar stands and is not reached, it was missed.
 
 | question on held-out data | reached | bar | chance |
 |---|---|---|---|

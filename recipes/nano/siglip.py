@@ -1,4 +1,4 @@
-"""SigLIP of about 4 million parameters on pictures that people drew for other purposes: nano-clip's data, the sigmoid loss.
+"""SigLIP of about 4 million parameters on nano-clip's pictures and captions, with the sigmoid loss.
 
 command   polymodal train recipes/nano/siglip.py --out runs/nano-siglip
 machine   2 CPU cores with AVX512-BF16

@@ -27,8 +27,8 @@ from polymodal.retrieve.reader import Hit
 MODEL = "polymodal/nano-clip"
 ARTISTS = (pictograms.EMOJI, pictograms.OUTLINES)  # the second one's hand is unknown to the model
 SIZE = 96
-QUERIES = ("a red fruit", "a fish in the sea", "musical instrument", "ein Fahrrad")
-ASKED_WITH = "bicycle"  # the outline that the last search is asked with
+QUERIES = ("a train", "hammer", "smiling cat", "flag of japan")
+ASKED_WITH = "bicycle"  # what the picture of the last search shows
 SHOWN = 5
 UNSEEN = "never seen in training"
 
@@ -68,7 +68,9 @@ def run(folder: Path, *, progress: Callable[[Progress], None] | None = None) -> 
     searches = [_search(index, model, query) for query in QUERIES]
     asked = folder / "asked.png"
     _draw_question(asked)
-    searches.append(_search(index, model, f"pictures like asked.png (a {ASKED_WITH} by the unknown artist)", asked))
+    searches.append(
+        _search(index, model, f"pictures like asked.png (a {ASKED_WITH}, tilted, on another ground)", asked)
+    )
     target = folder / "search.html"
     atomic_write(target, _page(index, searches, unseen))
     return Demo(pictures=folder / "pictures", unseen=unseen, report=report, searches=searches, page=target)
@@ -96,9 +98,9 @@ def draw(folder: Path) -> frozenset[str]:
 
 
 def _draw_question(path: Path) -> None:
-    """A picture to ask with: an outline by the artist that the model does not know, tilted, on some ground."""
+    """A picture to ask with: one of the indexed pictures, tilted, smaller and on another ground."""
     world = Pictograms.load(artists=ARTISTS)
-    row = next(i for i, r in enumerate(world.records) if (r.artist, r.name) == (ARTISTS[1], ASKED_WITH))
+    row = next(i for i, r in enumerate(world.records) if (r.artist, r.name) == (ARTISTS[0], ASKED_WITH))
     picture = pictograms.compose(world.rgba([row]), np.random.default_rng(3), SIZE)[0].permute(1, 2, 0).numpy()
     with atomic_path(path) as temporary:
         PILImage.fromarray(np.ascontiguousarray(picture)).save(temporary, "PNG")
