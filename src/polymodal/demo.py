@@ -68,9 +68,7 @@ def run(folder: Path, *, progress: Callable[[Progress], None] | None = None) -> 
     searches = [_search(index, model, query) for query in QUERIES]
     asked = folder / "asked.png"
     _draw_question(asked)
-    searches.append(
-        _search(index, model, f"pictures like asked.png (a {ASKED_WITH}, tilted, on another ground)", asked)
-    )
+    searches.append(_search(index, model, f"pictures like asked.png ({ASKED_WITH}, tilted, on another ground)", asked))
     target = folder / "search.html"
     atomic_write(target, _page(index, searches, unseen))
     return Demo(pictures=folder / "pictures", unseen=unseen, report=report, searches=searches, page=target)
