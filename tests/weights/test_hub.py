@@ -149,7 +149,7 @@ def test_a_pin_holds_when_the_branch_moves_on_and_a_revision_overrides_it(cache:
     assert cache.run("owner/model", "main") == str(new)
     assert json.loads(cache.pins.read_text()) == {"owner/model": NEW}
     assert cache.run("owner/model", OLD) == str(old)
-    assert json.loads(cache.pins.read_text()) == {"owner/model": OLD}
+    assert json.loads(cache.pins.read_text()) == {"owner/model": NEW}  # only "main" moves a pin
     assert [p.name for p in cache.pins.parent.iterdir()] == ["pins.json"], "written whole, under a name of its own"
 
 
