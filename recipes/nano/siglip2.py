@@ -92,7 +92,7 @@ def run(steps: int = STEPS, batch_size: int = 256) -> Run:
             )
         ],
         evaluate=evaluate,
-        # Set before the first run, as those of nano-siglip.
+        # As those of nano-siglip. Never run whole: it waits for what mends nano-siglip (docs/decisions.md 17).
         expect={
             "concepts/r10": Bar(value=0.20, chance=0.10),
             "seen/r10": Bar(value=0.20, chance=0.01),
