@@ -66,8 +66,8 @@ def run(steps: int = STEPS, batch_size: int = 256) -> Run:
             )
         ],
         evaluate=evaluate,
-        # Set before the first run: a few times chance, which a fifth of nano-clip's training can be held to. Not reached,
-        # none of them: docs/decisions.md 17 says what is known.
+        # Set before the first run: a few times chance, which a fifth of nano-clip's training can be held to. None of
+        # them is reached: docs/decisions.md 17 says what is known.
         expect={
             "concepts/r10": Bar(value=0.20, chance=0.10),
             "seen/r10": Bar(value=0.20, chance=0.01),
