@@ -21,7 +21,8 @@ PROOFS := build/proofs.json
 FAST := not slow and not gpu and not network
 STAMPS := $(VENV)/stamps
 VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null)
-PACKAGES := fonts-noto-color-emoji fonts-symbola unicode-cldr-core libcairo2
+PACKAGES := fonts-noto-color-emoji fonts-symbola unicode-cldr-core libcairo2 \
+	fonts-unifont fonts-dejavu-core fonts-freefont-ttf
 
 say = @echo "== $(1)"
 

@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import polymodal
+from polymodal.backbones.bert import BertConfig
+from polymodal.backbones.decoder import AttentionConfig, DecoderConfig, Gated, Learned, Plain
+from polymodal.backbones.encdec import EncDecConfig, RelativeBias, StackConfig, Unbiased
+from polymodal.backbones.families import ControlIds
+from polymodal.connectors.gated import GatedConfig
+from polymodal.connectors.mlp import MLP, Linear
+from polymodal.connectors.qformer import QFormerConfig, TextTables
+from polymodal.connectors.resampler import ResamplerConfig
 from polymodal.core.batch import Batch
+from polymodal.encoders.qwen_vision import QwenVisionConfig, Windows
 from polymodal.encoders.text import TextConfig
 from polymodal.encoders.vit import ViTConfig
 from polymodal.heads.distillation import DistillationConfig
 from polymodal.heads.reconstruction import PatchDecoderConfig
+from polymodal.modalities.tiles import Grid
+from polymodal.nn.norm import RMS, Layer, OffsetRMS
+from polymodal.nn.rope import Rope
+from polymodal.systems import TABLE
+from polymodal.systems.bart import BARTConfig
 from polymodal.systems.base import System
+from polymodal.systems.bert import BERTConfig
+from polymodal.systems.blip2 import BLIP2Config
+from polymodal.systems.blip2_qformer import BLIP2QFormerConfig
 from polymodal.systems.clip import CLIPConfig
 from polymodal.systems.dinov2 import DINOv2Config
+from polymodal.systems.flamingo import FlamingoConfig
+from polymodal.systems.idefics import IdeficsConfig
+from polymodal.systems.language import LanguageModelConfig
+from polymodal.systems.llava import LlavaConfig
+from polymodal.systems.llava_next import LlavaNextConfig
 from polymodal.systems.mae import MAEConfig
+from polymodal.systems.paligemma import PaliGemmaConfig
+from polymodal.systems.qwen2_5_vl import Qwen2_5VLConfig
+from polymodal.systems.qwen2_vl import Qwen2VLConfig
 from polymodal.systems.siglip import SigLIPConfig
 from polymodal.systems.siglip2 import NaFlexConfig, SigLIP2Config
+from polymodal.systems.t5 import T5Config
 from polymodal.systems.vit import VisionTransformerConfig
 
 SHAPE: dict[str, Any] = {"dim": 32, "num_layers": 2, "num_heads": 4, "hidden_dim": 64}
@@ -52,10 +79,153 @@ NANO: dict[str, Any] = {
     ),
 }
 
+DECODER = DecoderConfig(
+    vocab_size=40,
+    context=96,
+    dim=32,
+    num_layers=2,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
+    mlp=Gated(hidden_dim=64),
+    norm=RMS(),
+    position=Rope(),
+)
+_CLIP_TOWER = ViTConfig(**TOWER, activation="quick_gelu", norm_eps=1e-5, patch_bias=False, pre_norm=True)
+PATCHES: dict[str, Any] = {
+    "vision_family": "siglip_vision_model",
+    "vision": ViTConfig(**TOWER, class_token=False, activation="gelu_tanh"),
+    "layers": 2,
+    "image_id": 39,
+    "control": ControlIds(start=1, stop=(2,), pad=0),
+}
+CLIP_PATCHES: dict[str, Any] = {"vision_family": "clip_vision_model", "vision": _CLIP_TOWER}
+NANO |= {
+    "language": LanguageModelConfig(family="llama", backbone=DECODER, control=PATCHES["control"]),
+    "llava": LlavaConfig(**PATCHES | CLIP_PATCHES, connector=MLP(), family="llama", backbone=DECODER),
+    "llava_next": LlavaNextConfig(
+        **PATCHES | CLIP_PATCHES, connector=MLP(), family="llama", backbone=DECODER, grids=(Grid(16, 32), Grid(32, 16))
+    ),
+    "paligemma": PaliGemmaConfig(
+        **PATCHES,
+        connector=Linear(),
+        family="gemma",
+        backbone=replace(
+            DECODER, norm=OffsetRMS(), tied=True, embed_scale=32**0.5, mlp=Gated(hidden_dim=64, activation="gelu_tanh")
+        ),
+    ),
+}
 
-def every_system(claim: str) -> pytest.MarkDecorator:
-    """Runs a test once for each system, as ``name``, and counts it as a proof of ``claim`` for that system."""
-    cases = [pytest.param(name, marks=pytest.mark.proves(name, claim), id=name) for name in NANO]
+_T5 = StackConfig(num_layers=2, num_heads=4, head_dim=8, mlp=Unbiased(hidden_dim=64), scale=1.0)
+_BART = StackConfig(num_layers=2, num_heads=4, head_dim=8, mlp=Plain(hidden_dim=64), bias=True)
+NANO |= {
+    "t5": T5Config(
+        backbone=EncDecConfig(
+            vocab_size=40,
+            dim=32,
+            encoder=_T5,
+            decoder=_T5,
+            norm=RMS(),
+            position=RelativeBias(),
+            post_norm=False,
+            start_id=0,
+            pad_id=0,
+            logit_scale=32**-0.5,
+        )
+    ),
+    "bart": BARTConfig(
+        backbone=EncDecConfig(
+            vocab_size=40,
+            dim=32,
+            encoder=_BART,
+            decoder=_BART,
+            norm=Layer(),
+            position=Learned(count=16, offset=2),
+            post_norm=True,
+            start_id=2,
+            pad_id=1,
+            fixed_id=1,
+            logit_bias=True,
+        )
+    ),
+    "bert": BERTConfig(text=BertConfig(**SHAPE, vocab_size=40, context=16)),
+}
+
+
+_MROPE: dict[str, Any] = {
+    "backbone": replace(
+        DECODER, position=Rope(sections=(2, 1, 1)), attention=replace(DECODER.attention, qkv_bias=True)
+    ),
+    "image_id": 36, "video_id": 37, "start_id": 38, "end_id": 39, "control": PATCHES["control"],
+}  # fmt: skip
+NANO |= {
+    "qwen2_vl": Qwen2VLConfig(
+        vision=QwenVisionConfig(**SHAPE, patch_size=4, activation="quick_gelu", norm=Layer(eps=1e-6)), **_MROPE
+    ),
+    "qwen2_5_vl": Qwen2_5VLConfig(
+        vision=QwenVisionConfig(
+            **SHAPE, patch_size=4, activation="swiglu", norm=RMS(), windows=Windows(size=16, full=(1,))
+        ),
+        **_MROPE,
+    ),
+}
+_QFORMER: dict[str, Any] = {"num_queries": 4, "dim": 32, "num_layers": 3, "num_heads": 4, "hidden_dim": 64}
+NANO |= {
+    "blip2": BLIP2Config(
+        vision=ViTConfig(**TOWER),
+        qformer=QFormerConfig(**_QFORMER),
+        family="opt",
+        image_id=39,
+        control=PATCHES["control"],
+        # At the usual deviation a frozen random language model can hardly be steered.
+        backbone=replace(
+            DECODER,
+            tied=True,
+            std=0.2,
+            attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=8, qkv_bias=True, out_bias=True),
+            mlp=Plain(hidden_dim=64, activation="relu"),
+            norm=Layer(),
+            position=Learned(count=96, offset=2),
+        ),
+    ),
+    "blip2_qformer": BLIP2QFormerConfig(
+        vision=ViTConfig(**TOWER),
+        embed_dim=24,
+        qformer=QFormerConfig(**_QFORMER, text=TextTables(vocab_size=40, context=12)),
+    ),
+}
+_LATENTS: dict[str, Any] = {"num_latents": 4, "num_layers": 2, "num_heads": 2, "head_dim": 8}
+NANO |= {
+    "flamingo": FlamingoConfig(
+        vision=_CLIP_TOWER,
+        resampler=ResamplerConfig(**_LATENTS),
+        gated=GatedConfig(num_heads=2, head_dim=8, hidden_dim=128),
+        family="llama",
+        backbone=replace(DECODER, vocab_size=38, std=0.5),
+        new_tokens=2,
+        chunk_id=38,
+        image_id=39,
+        control=PATCHES["control"],
+    ),
+    "idefics": IdeficsConfig(
+        vision=_CLIP_TOWER,
+        resampler=ResamplerConfig(**_LATENTS, activation="relu", qk_norm=True),
+        gated=GatedConfig(num_heads=4, head_dim=8, hidden_dim=64, mlp="swiglu", norm=RMS(), qk_norm=RMS()),
+        backbone=replace(DECODER, vocab_size=38, attention=replace(DECODER.attention, num_kv_heads=4)),
+        new_tokens=2,
+        image_id=39,
+        every=2,
+        control=PATCHES["control"],
+    ),
+}
+
+
+def every_system(claim: str, kind: type[System] = System, *, referenced: bool = False) -> pytest.MarkDecorator:
+    """Runs a test once for each system of a kind, as ``name``, a proof of ``claim`` for that system.
+
+    ``referenced`` leaves out those whose `reference` no public class is: their own tests hold their files to account.
+    """
+    names = [name for name in NANO if issubclass(TABLE[name].resolve(), kind)]
+    names = [name for name in names if not referenced or TABLE[name].resolve().reference is not None]
+    cases = [pytest.param(name, marks=pytest.mark.proves(name, claim), id=name) for name in names]
     return pytest.mark.parametrize("name", cases)
 
 

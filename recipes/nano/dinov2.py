@@ -27,7 +27,7 @@ from polymodal.data.masks import block_masks
 from polymodal.encoders.vit import ViTConfig
 from polymodal.heads.distillation import DistillationConfig
 from polymodal.modalities.image import IMAGENET_MEAN, IMAGENET_STD, Exact, ImageProcessor
-from polymodal.systems.base import System
+from polymodal.systems.base import Embedder
 from polymodal.systems.dinov2 import DINOv2, DINOv2Config
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
 from recipes.nano.scenes import CHANCE, Questions, close_up, render
@@ -48,7 +48,7 @@ CONFIG = DINOv2Config(
 IMAGES = ImageProcessor(resize=Exact(height=SIZE, width=SIZE), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-def model() -> System:
+def model() -> Embedder:
     system = DINOv2.build(CONFIG)
     system.images = IMAGES
     return system
@@ -120,7 +120,7 @@ class Views:
 
 
 def evaluate(trained: nn.Module) -> dict[str, float]:
-    assert isinstance(trained, System)
+    assert isinstance(trained, Embedder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         untrained = model().eval()

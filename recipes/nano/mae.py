@@ -20,7 +20,7 @@ from polymodal.core.batch import Batch
 from polymodal.encoders.vit import ViTConfig
 from polymodal.heads.reconstruction import PatchDecoderConfig
 from polymodal.modalities.image import IMAGENET_MEAN, IMAGENET_STD, Exact, ImageProcessor
-from polymodal.systems.base import System
+from polymodal.systems.base import Embedder
 from polymodal.systems.mae import MAE, MAEConfig
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
 from recipes.nano.scenes import CHANCE, Questions, close_up, render
@@ -34,7 +34,7 @@ CONFIG = MAEConfig(
 IMAGES = ImageProcessor(resize=Exact(height=SIZE, width=SIZE), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-def model() -> System:
+def model() -> Embedder:
     return MAE.build(CONFIG)
 
 
@@ -50,7 +50,7 @@ class Pictures:
 
 
 def evaluate(trained: nn.Module) -> dict[str, float]:
-    assert isinstance(trained, System)
+    assert isinstance(trained, Embedder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         untrained = model().eval()

@@ -17,9 +17,11 @@ from polymodal.core.batch import Batch
 from polymodal.core.sample import Sample
 from polymodal.data.worlds import pictograms, shapes
 from polymodal.data.worlds.pictograms import Pictograms
+from polymodal.data.worlds.redraw import redraw
 from polymodal.evaluate.retrieval import ranks
 from polymodal.modalities.image import ImageProcessor, PatchProcessor
 from polymodal.tokenizers.text import Pad, TextTokenizer
+from recipes.nano.scenes import close_up
 
 SIZE = 56
 CONTEXT = 32
@@ -27,6 +29,9 @@ VOCAB = 5000
 # How often a picture of an artist is shown an epoch: emoji have the best names, in seven languages.
 REPEATS = {"noto": 4}
 SCENES = 6000  # new scenes of shapes an epoch
+# The same emoji in black, by other hands than the held-out artist's: in `Forms` alone.
+BLACK = {"unifont": 2, "dejavu": 3, "freeserif": 2}
+BARE = 0.3  # of the objects in the captions of `Forms`: their shape alone is named
 
 
 @lru_cache(maxsize=1)
@@ -38,6 +43,7 @@ def world() -> Pictograms:
 def _learned() -> TextTokenizer:
     rng = np.random.default_rng(0)
     records = [world().records[i] for i in world().split("train")]
+    records = [r for r in records if r.artist not in BLACK]  # they have the names of the emoji
     texts = [pictograms.caption(r, rng) for r in records for _ in range(4)]
     texts += [shapes.describe(shapes.scene(rng), rng) for _ in range(500)]
     return TextTokenizer.train_bpe(texts, VOCAB)
@@ -65,8 +71,20 @@ class Captions:
 
     @cached_property
     def _rows(self) -> np.ndarray:
-        rows = world().split("train")
-        return np.concatenate([np.repeat(i, REPEATS.get(world().records[i].artist, 1)) for i in rows])
+        return np.concatenate([np.repeat(i, self.repeats(world().records[i].artist)) for i in world().split("train")])
+
+    def repeats(self, artist: str) -> int:
+        """How often each picture of an artist is shown an epoch."""
+        return 0 if artist in BLACK else REPEATS.get(artist, 1)
+
+    def drawings(self, rows: np.ndarray, rng: np.random.Generator) -> UInt8[np.ndarray, "batch height width 4"]:
+        """The pictures of some rows, as their artists drew them."""
+        return world().rgba(rows)
+
+    def scene(self, rng: np.random.Generator) -> tuple[shapes.Scene, str]:
+        """A scene of shapes and its caption."""
+        scene = shapes.scene(rng)
+        return scene, shapes.describe(scene, rng)
 
     def __len__(self) -> int:
         return len(self._rows) + SCENES
@@ -77,19 +95,45 @@ class Captions:
         """Pictures of `SIZE` pixels and the ids of their captions."""
         index = np.asarray(indices)
         drawn = self._rows[index[index < len(self._rows)]]
-        pixels = [pictograms.compose(world().rgba(drawn), rng, SIZE)] if len(drawn) else []
+        pixels = [pictograms.compose(self.drawings(drawn, rng), rng, SIZE)] if len(drawn) else []
         texts = [pictograms.caption(world().records[i], rng) for i in drawn]
-        scenes = [shapes.scene(rng) for _ in range(len(index) - len(drawn))]
+        scenes = [self.scene(rng) for _ in range(len(index) - len(drawn))]
         if scenes:
-            rendered = np.stack([shapes.render(s, SIZE) for s in scenes])
+            rendered = np.stack([shapes.render(scene, SIZE) for scene, _ in scenes])
             pixels.append(torch.from_numpy(rendered).permute(0, 3, 1, 2))
-            texts += [shapes.describe(s, rng) for s in scenes]
+            texts += [text for _, text in scenes]
         ids, _ = self.tokenizer(texts)
         return torch.cat(pixels), ids
 
     def batch(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
         pixels, ids = self.raw(indices, rng)
         return Batch(as_batch(self.images, pixels) | {"ids": ids})
+
+
+@dataclass(frozen=True)
+class Forms(Captions):
+    """The same where the form has to do: black drawings of the emoji, pictures redrawn in one colour, lone shapes.
+
+    What only colour tells (a red apple from a green one) is learned from `Captions` first.
+    """
+
+    def repeats(self, artist: str) -> int:
+        return BLACK.get(artist) or REPEATS.get(artist, 1)
+
+    def drawings(self, rows: np.ndarray, rng: np.random.Generator) -> UInt8[np.ndarray, "batch height width 4"]:
+        """Two in five are redrawn; skin tones and what is black stay as they are."""
+        rgba = world().rgba(rows)
+        records = [world().records[i] for i in rows]
+        coloured = np.array([r.tone is None and r.artist not in BLACK for r in records])
+        rgba[coloured] = redraw(rgba[coloured], rng)
+        return rgba
+
+    def scene(self, rng: np.random.Generator) -> tuple[shapes.Scene, str]:
+        """Mostly one object, large in half of the scenes: what a shape is, is learned there."""
+        kind = rng.random()
+        objects = 1 if kind < 0.85 else int(rng.integers(2, 4))
+        scene = close_up(rng) if kind < 0.5 else shapes.scene(rng, objects=objects)
+        return scene, shapes.describe(scene, rng, bare=BARE)
 
 
 class Questions:

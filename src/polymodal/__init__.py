@@ -14,20 +14,38 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from polymodal.api import build, load
+    from polymodal.ask import ask, stream
+    from polymodal.core.chat import Chat
     from polymodal.core.errors import PolymodalError
-    from polymodal.core.sample import Image, Sample, Text
+    from polymodal.core.sample import Image, Sample, Text, Video
 
 # Where each public name lives: importing polymodal imports no torch.
 _LAZY = {
     "load": "polymodal.api",
     "build": "polymodal.api",
+    "ask": "polymodal.ask",
+    "stream": "polymodal.ask",
+    "Chat": "polymodal.core.chat",
     "PolymodalError": "polymodal.core.errors",
     "Image": "polymodal.core.sample",
     "Text": "polymodal.core.sample",
     "Sample": "polymodal.core.sample",
+    "Video": "polymodal.core.sample",
 }
 
-__all__ = ["Image", "PolymodalError", "Sample", "Text", "__version__", "build", "load"]
+__all__ = [
+    "Chat",
+    "Image",
+    "PolymodalError",
+    "Sample",
+    "Text",
+    "Video",
+    "__version__",
+    "ask",
+    "build",
+    "load",
+    "stream",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -44,12 +44,15 @@ def identify(folder: Path) -> tuple[type[System], str]:
         raise ConfigError(f"{folder} has no config.json: it is not a checkpoint in the format of the Hub")
     config = read_json(folder / "config.json")
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    known = {t: entry for entry in TABLE.values() for t in entry.model_types}
+    known = {t for entry in TABLE.values() for t in entry.model_types}
     if not isinstance(model_type, str) or model_type not in known:
         raise ConfigError(
             f"{folder / 'config.json'}: no system reads model_type {model_type!r}{did_you_mean(str(model_type), known)}"
         )
-    return known[model_type].resolve(), "hf"
+    readers = [entry for entry in TABLE.values() if model_type in entry.model_types]
+    named = config.get("architectures") or ()
+    chosen = [entry for entry in readers if any(name in named for name in entry.architectures)]
+    return (chosen or readers)[0].resolve(), "hf"
 
 
 def build(config: Any) -> System:

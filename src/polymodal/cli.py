@@ -429,6 +429,211 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if certificate.ok else 1
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from polymodal.plan import Input, price
+
+    if arguments.checklist:
+        return _checklist(arguments)
+    if arguments.calibrate:
+        from polymodal.machine import calibrate
+
+        print("Measuring this machine (about half a minute; best when it is quiet) ...", file=sys.stderr, flush=True)
+        rates = calibrate()
+        if arguments.name is None:
+            print(f"{plain(rates.name)}: {plain(rates.cpu)}, {rates.threads} threads, measured {rates.date}")
+            return 0
+    if arguments.name is None:
+        raise ConfigError("say what to price: a preset of polymodal ls SYSTEM, a shipped model or a folder")
+    given = Input(
+        images=tuple(arguments.image) if arguments.image else None, frames=arguments.frames, fps=arguments.fps,
+        text=arguments.text, new=arguments.new, batch=arguments.batch,
+    )  # fmt: skip
+    plan = price(arguments.name, given, dtype=arguments.dtype, train=arguments.train)
+    if arguments.json:
+        _print_json(plan.to_json())
+    else:
+        _print_plan(plan)
+    return 0
+
+
+def _print_plan(plan: Any) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    title = Text(f"{plain(plan.name)}: {plan.system}, {plan.dtype}, batch {plan.input.batch}", style="bold")
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
+    table.add_column("", style="dim")
+    table.add_column("", overflow="fold")
+    table.add_column("", justify="right", style="cyan")
+    last = ""
+    for section, what, much in plan.rows():
+        table.add_row("" if section == last else Text(plain(section)), Text(plain(what)), much)
+        last = section
+    _console().print(table)
+    if plan.note:
+        print(plain(plan.note))
+
+
+def _checklist(arguments: argparse.Namespace) -> int:
+    from polymodal.checklist import QUESTIONS, recommend
+
+    answers = {}
+    for question in QUESTIONS:
+        names = list(question.options)
+        print(question.ask, file=sys.stderr)
+        for name, meaning in question.options.items():
+            print(f"  {name:<10} {meaning}", file=sys.stderr)
+        answers[question.key] = _line(f"[{names[0]}] ") or names[0]
+    memory = _line("How many GiB of memory may it take? [8] ") or "8"
+    try:
+        room = float(memory)
+    except ValueError:
+        raise ConfigError(f"{memory!r} is not a number of GiB") from None
+    found = recommend(answers, room)
+    if arguments.json:
+        _print_json(found.to_json())
+        return 0
+    print(plain(found.text(), keep="\n") + "\n")
+    _print_plan(found.plan)
+    return 0
+
+
+def _line(ask: str) -> str:
+    """A line of the terminal or of a pipe; the question goes to stderr, so that --json stays whole."""
+    print(ask, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip()
+
+
+def _ask(arguments: argparse.Namespace) -> int:
+    model, settings = _writer(arguments)
+    row = _answer(arguments, model, settings, arguments.files, arguments.question)
+    if arguments.json:
+        _print_json(row)
+    return 0
+
+
+def _caption(arguments: argparse.Namespace) -> int:
+    from polymodal.ask import CAPTION
+
+    model, settings = _writer(arguments)
+    rows: list[dict[str, Any]] = []
+    failed = 0
+    for file in arguments.files:
+        if len(arguments.files) > 1 and not arguments.json:
+            print(f"{plain(file)}: ", end="", flush=True)
+        try:
+            rows.append(_answer(arguments, model, settings, [file], arguments.prompt or CAPTION, first=len(rows)))
+        except PolymodalError as error:  # the others are still described
+            failed += 1
+            print("polymodal: " + plain(str(error), keep="\n"), file=sys.stderr)
+    if arguments.json:
+        _print_json(rows)
+    return 1 if failed else 0
+
+
+def _answer(
+    arguments: argparse.Namespace, model: Any, settings: Any, files: Sequence[str], question: str, first: int = 0
+) -> dict[str, Any]:
+    """Streams one answer, unless it is wanted as JSON; ``first`` numbers the pictures of ``--show``."""
+    from polymodal.ask import seen, stream
+    from polymodal.core.chat import Chat
+    from polymodal.core.sample import Image, Sample
+
+    parts = [Sample.of(Path(file).expanduser()).parts[0] for file in files]
+    shown: list[dict[str, Any]] = []
+    for number, part in enumerate(parts if arguments.show else []):
+        if not isinstance(part, Image):
+            continue
+        pictures, tokens = seen(model, part)
+        folder = Path(arguments.show)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [str(folder / f"{first + number}-{tile}.png") for tile in range(len(pictures))]
+        for picture, file in zip(pictures, names, strict=True):
+            picture.save(file)
+        shown.append({"file": part.where, "tokens": tokens, "seen": names})
+    steps = []
+    for step in stream(model, Chat.of([*parts, question]), settings):
+        steps.append(step)
+        if not arguments.json:
+            print(plain(step.text, keep="\n"), end="", flush=True)
+    if not arguments.json:
+        print()
+        for each in shown:
+            print(plain(f"{each['file']}: {each['tokens']} tokens from {', '.join(each['seen'])}"))
+    text = "".join(step.text for step in steps)
+    row = {"files": list(files), "question": question, "answer": text, "finished": steps[-1].finished}
+    return row | {"tokens": len(steps), "model": arguments.model} | ({"seen": shown} if shown else {})
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from polymodal.ask import stream
+    from polymodal.core.chat import Chat
+    from polymodal.core.sample import Sample
+
+    model, settings = _writer(arguments)
+    waiting = [Sample.of(Path(file).expanduser()).parts[0] for file in arguments.files]
+    chat: Chat | None = None
+    print("Type a message. /add FILE shows a picture with the next, /new starts over, Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return 0
+        command, _, rest = line.partition(" ")
+        text = ""
+        try:
+            if command == "/new":
+                chat, waiting = None, []
+            elif command == "/add":
+                waiting += [Sample.of(Path(rest.strip()).expanduser()).parts[0]]
+            elif line:
+                turn: list[Any] = [*waiting, line]
+                waiting = []  # a picture that cannot be read must not spoil the next message, too
+                asked = Chat.of(turn) if chat is None else chat.ask(turn)
+                try:
+                    for step in stream(model, asked, settings):
+                        text += step.text
+                        print(plain(step.text, keep="\n"), end="", flush=True)
+                except KeyboardInterrupt:  # enough of this answer; the conversation goes on
+                    pass
+                print()
+                chat = asked.reply(text)
+        except PolymodalError as error:  # the conversation goes on without this turn
+            print(("\n" if text else "") + "polymodal: " + plain(str(error), keep="\n"), file=sys.stderr)
+
+
+def _writer(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The model that a command asks, and how it is to answer."""
+    import torch
+
+    from polymodal.api import load
+    from polymodal.core.verbs import Generates
+    from polymodal.tokenizers.language import LanguageTokenizer
+
+    model = load(arguments.model, precision="auto")
+    if not isinstance(model, Generates):
+        raise ConfigError(f"{arguments.model} writes no text, it gives vectors: take a vision-language model")
+    if not isinstance(model.tokenizer, LanguageTokenizer):
+        raise ConfigError(f"{arguments.model} has no tokenizer.json, so it can neither read nor write text")
+    return model.cuda() if torch.cuda.is_available() else model, _settings(arguments, model)
+
+
+def _settings(arguments: argparse.Namespace, model: Any) -> Any:
+    from polymodal.core.files import read_json
+    from polymodal.samplers.autoregressive import Settings
+
+    constraint = None
+    if arguments.schema is not None:
+        from polymodal.samplers.constraints import Constraint, Vocabulary
+
+        words = Vocabulary(model.tokenizer.backend.to_str(), model.vocab_size, model.stop_ids)
+        constraint = Constraint.json(read_json(arguments.schema), words)
+    return Settings(
+        max_new_tokens=arguments.max_tokens, temperature=arguments.temperature, top_p=arguments.top_p,
+        seed=arguments.seed, constraint=constraint,
+    )  # fmt: skip
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     _need_store()
     from polymodal import demo
@@ -532,7 +737,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="polymodal",
-        description="Find pictures by words on this machine; train, load and check the models that do it.",
+        description="Find pictures by words and ask about them; train, load and check the models that do it.",
         epilog="""\
 a first look:
   polymodal demo                          pictures, an index and five searches, from nothing
@@ -661,6 +866,63 @@ examples:
     with_json(sub)
     with_model(sub)
 
+    def with_settings(sub: Any) -> None:
+        sub.add_argument("--model", metavar="NAME", required=True, help="a folder or a Hub name")
+        sub.add_argument("--max-tokens", type=_count, default=256, metavar="N", help="tokens at most (default: 256)")
+        sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the best (default: 0)")
+        sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from this share (default: 1)")
+        sub.add_argument("--seed", type=int, metavar="N", help="of the samples, to get the same answer again")
+        sub.add_argument("--schema", metavar="FILE", help="a JSON schema that the answer must follow")
+
+    sub = command(
+        "ask",
+        _ask,
+        "ask a vision-language model about pictures",
+        """\
+The answer streams as it is written. Nothing of a prompt is ever cut: what does not fit is an error.
+
+examples:
+  polymodal ask chart.png "Which bar is highest?" --model llava-hf/llava-1.5-7b-hf
+  polymodal ask a.png b.png "What differs?" --model ~/models/qwen2-vl --json
+  polymodal ask receipt.jpg "Read it" --schema receipt.schema.json --model ~/models/qwen2-vl
+  polymodal ask photo.jpg "What is this?" --show seen/ --model ~/models/llava-next    what the model saw""",
+    )
+    sub.add_argument("files", nargs="*", metavar="FILE", help="pictures, in the order in which the model reads them")
+    sub.add_argument("question", metavar="QUESTION")
+    sub.add_argument("--show", metavar="DIR", help="write exactly the pixels and tiles that the model saw")
+    with_settings(sub)
+    with_json(sub)
+
+    sub = command(
+        "caption",
+        _caption,
+        "describe pictures, one by one",
+        """\
+examples:
+  polymodal caption *.jpg --model llava-hf/llava-1.5-7b-hf
+  polymodal caption a.png --prompt "caption en" --model google/paligemma-3b-mix-224""",
+    )
+    sub.add_argument("files", nargs="+", metavar="FILE")
+    sub.add_argument("--prompt", metavar="TEXT", help="what to ask for (default: one sentence)")
+    sub.add_argument("--show", metavar="DIR", help="write exactly the pixels and tiles that the model saw")
+    with_settings(sub)
+    with_json(sub)
+
+    sub = command(
+        "chat",
+        _chat,
+        "talk with a model about pictures, in the terminal",
+        """\
+/add FILE shows a picture with the next message, /new starts over, Ctrl-D ends. Messages are also read
+from a pipe, one a line.
+
+examples:
+  polymodal chat photo.jpg --model llava-hf/llava-1.5-7b-hf
+  polymodal chat a.png b.png --model ~/models/qwen2-vl --temperature 0.7""",
+    )
+    sub.add_argument("files", nargs="*", metavar="FILE", help="pictures that go with the first message")
+    with_settings(sub)
+
     sub = command(
         "train",
         _train,
@@ -713,6 +975,35 @@ examples:
     with_json(sub)
 
     sub = command(
+        "plan",
+        _plan,
+        "price a system before it runs: tokens, parameters, operations, memory, time",
+        """\
+Nothing is downloaded, loaded or computed. Tokens and parameters are exact; time is known after
+--calibrate has measured this machine once. --checklist asks what you want to build, and recommends a
+system, the size of it that fits, and how to evaluate it.
+
+examples:
+  polymodal plan llava-hf/llava-1.5-7b-hf --image 1280x720 --text 40 --new 100 --dtype bf16
+  polymodal plan ~/models/qwen2-vl --frames 60 --fps 2 --json
+  polymodal plan polymodal/nano-clip --batch 64 --train
+  polymodal plan --calibrate
+  polymodal plan --checklist""",
+    )
+    sub.add_argument("name", nargs="?", metavar="NAME_OR_PRESET", help="a preset, a shipped model or a folder")
+    sub.add_argument("--image", action="append", type=_size, metavar="WxH", help="of a picture; may be given again")
+    sub.add_argument("--frames", type=int, default=0, metavar="N", help="of a clip")
+    sub.add_argument("--fps", type=float, default=2.0, metavar="F", help="of the clip (default: 2)")
+    sub.add_argument("--text", type=_count, default=32, metavar="N", help="tokens of text (default: 32)")
+    sub.add_argument("--new", type=_count, default=64, metavar="N", help="tokens of the answer (default: 64)")
+    sub.add_argument("--batch", type=_count, default=1, metavar="N", help="so many inputs at once")
+    sub.add_argument("--dtype", choices=("fp32", "bf16", "int8"), default="fp32", help="of weights (default: fp32)")
+    sub.add_argument("--train", action="store_true", help="also a training step, in fp32 with AdamW")
+    sub.add_argument("--calibrate", action="store_true", help="measure this machine first")
+    sub.add_argument("--checklist", action="store_true", help="ask what to build, and recommend a system")
+    with_json(sub)
+
+    sub = command(
         "demo",
         _demo,
         "draw pictures, index them and find them by words, from nothing",
@@ -726,6 +1017,13 @@ examples:
     )
     sub.add_argument("--folder", default="demo", metavar="DIR", help="where to put it all (default: demo)")
     return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, by, height = text.lower().partition("x")
+    if not (by and width.isdigit() and height.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 640x480")
+    return int(width), int(height)
 
 
 def _count(text: str) -> int:

@@ -27,7 +27,7 @@ from polymodal.retrieve.reader import Hit
 MODEL = "polymodal/nano-clip"
 ARTISTS = (pictograms.EMOJI, pictograms.OUTLINES)  # the second one's hand is unknown to the model
 SIZE = 96
-QUERIES = ("a train", "hammer", "smiling cat", "flag of japan")
+QUERIES = ("smiling face", "umbrella", "crescent moon", "flag of japan")
 ASKED_WITH = "bicycle"  # what the picture of the last search shows
 SHOWN = 5
 UNSEEN = "never seen in training"
@@ -63,6 +63,7 @@ def run(folder: Path, *, progress: Callable[[Progress], None] | None = None) -> 
     folder = folder.expanduser().resolve()
     unseen = draw(folder / "pictures")
     model = load(MODEL, precision="auto")
+    assert isinstance(model, Embeds)
     index = _index(folder / "index", model)
     report = index.update(model, [folder / "pictures"], progress=progress)
     searches = [_search(index, model, query) for query in QUERIES]

@@ -28,7 +28,7 @@ from polymodal.systems.clip import CLIP, CLIPConfig
 from polymodal.tokenizers.text import TextTokenizer
 from polymodal.weights.hub import shipped
 
-COMMANDS = ["index", "search", "classify", "embed", "train", "ls", "verify", "demo"]
+COMMANDS = ["index", "search", "classify", "embed", "train", "ls", "verify", "demo", "ask", "caption", "chat", "plan"]
 POLYMODAL = [sys.executable, "-m", "polymodal.cli"]
 
 

@@ -9,11 +9,13 @@ import torch
 from PIL import Image as PILImage
 
 import polymodal
-from polymodal.core.errors import WeightsError
+from polymodal.core.batch import Batch
+from polymodal.core.errors import UnsupportedError, WeightsError
 from polymodal.core.sample import Sample
-from polymodal.core.verbs import Counts, Embeds, HasInputs, Trains
+from polymodal.core.verbs import Counts, Embeds, Generates, HasInputs, Trains
 from polymodal.systems import TABLE
-from polymodal.systems.base import System
+from polymodal.systems.base import Embedder, System
+from polymodal.systems.generator import Generator
 from tests.nano import NANO, every_system, nano, nano_batch
 
 
@@ -80,7 +82,7 @@ def test_no_decay_names_weights_that_exist(name: str) -> None:
     assert set(model.no_decay()) <= {key for key, _ in model.named_parameters()}
 
 
-@every_system("embedding: unit vectors, the same in any batch")
+@every_system("embedding: unit vectors, the same in any batch", Embedder)
 def test_vectors_are_of_unit_length_and_do_not_depend_on_the_batch(name: str) -> None:
     model, items = nano(name).eval(), pictures()
     assert isinstance(model, Embeds)
@@ -95,10 +97,19 @@ def test_vectors_are_of_unit_length_and_do_not_depend_on_the_batch(name: str) ->
 
 @every_system("weights: what is saved loads as the same system")
 def test_save_and_load(name: str, tmp_path: Path) -> None:
-    model, items = nano(name).eval(), pictures()
+    model = nano(name).eval()
     loaded = polymodal.load(model.save(tmp_path / "model"))
     assert type(loaded) is type(model)
-    torch.testing.assert_close(loaded.embed(items), model.embed(items), atol=0, rtol=0)
+    if isinstance(model, Embedder):
+        assert isinstance(loaded, Embedder)
+        items = pictures()
+        torch.testing.assert_close(loaded.embed(items), model.embed(items), atol=0, rtol=0)
+    else:
+        losses = []
+        for system in (model, loaded):
+            torch.manual_seed(0)  # some draw their negatives at random
+            losses.append(system.loss(nano_batch(system)).total)
+        torch.testing.assert_close(losses[0], losses[1], atol=0, rtol=0)
     again = polymodal.load(loaded.save(tmp_path / "again"))
     assert again.config == loaded.config
     assert again.fingerprint == loaded.fingerprint
@@ -131,7 +142,7 @@ def test_presets_build_on_the_meta_device(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 16), (15, 33), (300, 5), (1, 1)])
-@every_system("token accounting: count equals what the tower computes, at odd sizes")
+@every_system("token accounting: count equals what the tower computes, at odd sizes", Embedder)
 def test_count_is_what_the_tower_computes(name: str, size: tuple[int, int]) -> None:
     model = nano(name).eval()
     assert isinstance(model, Counts)
@@ -146,3 +157,36 @@ def test_count_is_what_the_tower_computes(name: str, size: tuple[int, int]) -> N
     padding = int((~batch["mask"]).sum()) if "mask" in batch else 0
     assert [model.count(sample)] == [tokens - padding for tokens in seen]
     assert model.count(Sample.of([PILImage.new("RGB", size)] * 3)) == 3 * model.count(sample)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 16), (15, 33), (90, 40)])
+@every_system("token accounting: count equals the features of media, at odd sizes", Generator)
+def test_count_is_the_number_of_features(name: str, size: tuple[int, int]) -> None:
+    model = nano(name).eval()
+    assert isinstance(model, Generator)
+    if model.media_id is None:
+        with pytest.raises(UnsupportedError, match="no pictures"):
+            model.see([PILImage.new("RGB", size)])
+        return
+    sample = Sample.of([PILImage.new("RGB", size), PILImage.new("RGB", (20, 20))])
+    spelled, media = model.see([PILImage.new("RGB", size), PILImage.new("RGB", (20, 20))])
+    with torch.inference_mode():
+        features = model.features(media)
+    assert len(features) == sum(ids.count(model.media_id) for ids in spelled)
+    assert model.count(sample) == sum(map(len, spelled))
+
+
+@every_system("generation: a text read token by token from the cache scores as one read at once", Generator)
+def test_generation_with_a_cache(name: str) -> None:
+    model = nano(name).eval()
+    assert isinstance(model, Generates)
+    batch = nano_batch(model, size=3)
+    del batch["labels"]
+    text = torch.randint(3, 30, (3, 5), generator=torch.Generator().manual_seed(1))
+    memory = model.new_memory(3, 96)
+    scores = [model.prefill(batch, memory)] + [model.step(text[:, i], memory) for i in range(5)]
+    if name == "paligemma":  # what is read at once is a prefix and sees itself whole
+        return
+    with torch.inference_mode():
+        whole = model(Batch(batch | {"ids": torch.cat([batch["ids"], text], 1)}))[:, -6:]
+    torch.testing.assert_close(torch.stack(scores, 1), whole, atol=1e-5, rtol=1e-5)

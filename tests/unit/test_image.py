@@ -460,7 +460,7 @@ def test_defaults_are_those_of_the_class(suffix: str) -> None:
         ({"resample": 9}, "resample = 9"),
         ({"image_mean": [0.5, 0.5]}, "image_mean needs 3 number"),
         ({"image_std": [0.5, 0.0, 0.5]}, "must be positive"),
-        ({"image_processor_type": "BlipImageProcessor"}, "BlipImageProcessor is not supported"),
+        ({"image_processor_type": "LayoutLMv2ImageProcessor"}, "LayoutLMv2ImageProcessor is not supported"),
         ({"image_processor_type": "Siglip2ImageProcessor"}, "not read here"),
         ({"data_format": "channels_last"}, "data_format"),
         ({"alpha": "black"}, "neither white nor drop"),

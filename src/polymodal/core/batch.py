@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 class Batch(dict[str, Tensor]):
-    """Tensors by name; the first axis of each is the batch."""
+    """Tensors by name; the first axis of each is the batch.
+
+    A tensor with a companion ``NAME_row`` is ragged: its entries (pictures, patches) belong to the rows that the
+    companion numbers, in ascending order, and a row may have none or many.
+    """
 
     @property
     def size(self) -> int:
@@ -20,7 +24,16 @@ class Batch(dict[str, Tensor]):
         return Batch({k: v.to(device, non_blocking=True) for k, v in self.items()})
 
     def rows(self, start: int, stop: int) -> Batch:
-        return Batch({k: v[start:stop] for k, v in self.items()})
+        """Some rows, with the entries of the ragged tensors that are theirs."""
+        out = Batch()
+        for name, value in self.items():
+            if name.endswith("_row") or f"{name}_row" in self:
+                row = self[name if name.endswith("_row") else f"{name}_row"]
+                here = (row >= start) & (row < stop)
+                out[name] = value[here] - start if name.endswith("_row") else value[here]
+            else:
+                out[name] = value[start:stop]
+        return out
 
 
 @dataclass

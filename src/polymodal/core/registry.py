@@ -22,6 +22,7 @@ class Entry:
     url: str
     model_types: tuple[str, ...] = ()  # `model_type` values of Hub configs that this system reads
     modalities: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()  # those that it reads, where another system has the same `model_type`
 
     def resolve(self) -> Any:
         return getattr(importlib.import_module(self.module), self.cls)

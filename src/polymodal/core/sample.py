@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,15 +35,43 @@ class Image:
     @property
     def where(self) -> str:
         """What to call this picture in a message."""
-        if self.name:
-            return self.name
-        return str(self.source) if isinstance(self.source, str | Path) else f"<{type(self.source).__name__}>"
+        return _where(self.name, self.source)
 
 
-Part: TypeAlias = Text | Image
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A clip: a path, encoded bytes, or a uint8 array ``(frames, height, width, 3)`` with its ``fps``.
+
+    ``start`` and ``end`` are seconds from the first frame and choose a piece; the whole clip where they are None.
+    Decoding happens in `polymodal.modalities.video` when a processor asks for frames.
+    """
+
+    source: Any
+    start: float | int | None = field(default=None, kw_only=True)
+    end: float | int | None = field(default=None, kw_only=True)
+    fps: float | int | None = field(default=None, kw_only=True)  # of an array; a file says its own
+    name: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        start, end = 0.0 if self.start is None else self.start, math.inf if self.end is None else self.end
+        if not 0 <= start < end:
+            raise MediaError(
+                f"{self.where}: a piece needs 0 <= start < end, in seconds, not {self.start} to {self.end}"
+            )
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise MediaError(f"{self.where}: fps must be positive, not {self.fps}")
+
+    @property
+    def where(self) -> str:
+        """What to call this clip in a message."""
+        return _where(self.name, self.source)
+
+
+Part: TypeAlias = Text | Image | Video
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2"}
 )
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"})
 
 
 @dataclass(frozen=True)
@@ -76,20 +105,34 @@ class Sample:
     def images(self) -> list[Image]:
         return [p for p in self.parts if isinstance(p, Image)]
 
+    @property
+    def videos(self) -> list[Video]:
+        return [p for p in self.parts if isinstance(p, Video)]
+
+
+def _where(name: str, source: Any) -> str:
+    if name:
+        return name
+    return str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>"
+
 
 def _part(value: Any) -> Part:
-    if isinstance(value, Text | Image):
+    if isinstance(value, Text | Image | Video):
         return value
     if isinstance(value, str):
         return Text(value)
     if isinstance(value, Path):
         if value.suffix.lower() in IMAGE_SUFFIXES:
             return Image(value)
-        raise MediaError(f"{value}: no known medium ends in {value.suffix or 'nothing'!r}. Wrap it: Image(path)")
+        if value.suffix.lower() in VIDEO_SUFFIXES:
+            return Video(value)
+        ending = value.suffix or "nothing"
+        raise MediaError(f"{value}: no known medium ends in {ending!r}. Wrap it: Image(path) or Video(path)")
     if isinstance(value, bytes) or type(value).__module__.split(".")[0] in {"PIL", "numpy"}:
         return Image(value)
     raise MediaError(
-        f"a sample is made of Text, Image, str, Path, bytes, PIL images and numpy arrays, not {type(value).__name__}"
+        f"a sample is made of Text, Image, Video, str, Path, bytes, PIL images and numpy arrays, not "
+        f"{type(value).__name__}"
     )
 
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from polymodal.core.batch import Batch, Loss
 from polymodal.core.sample import Sample
+
+if TYPE_CHECKING:
+    from polymodal.core.chat import Chat
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
     """Shape (without the batch axis), dtype and, for integers, the range (``high`` excluded) of one input tensor.
 
-    ``last`` is what each row ends in: an end token that a system looks for.
+    ``last`` is what each row ends in: an end token that a system looks for. ``head`` is what each row begins with:
+    the places of media. ``rows`` numbers the rows: one entry of a ragged tensor for each.
     """
 
     shape: tuple[int, ...]
@@ -26,8 +30,12 @@ class TensorSpec:
     low: int = 0
     high: int = 1
     last: int | None = None
+    head: tuple[int, ...] = ()
+    rows: bool = False
 
     def random(self, batch: int, generator: torch.Generator) -> Tensor:
+        if self.rows:
+            return torch.arange(batch)
         if self.dtype == torch.bool:
             return torch.ones(batch, *self.shape, dtype=torch.bool)
         if self.dtype.is_floating_point:
@@ -35,6 +43,8 @@ class TensorSpec:
         out = torch.randint(self.low, self.high, (batch, *self.shape), generator=generator, dtype=self.dtype)
         if self.last is not None:
             out[..., -1] = self.last
+        if self.head:
+            out[..., : len(self.head)] = torch.tensor(self.head)
         return out
 
 
@@ -116,7 +126,75 @@ class Classifies(Protocol):
     ) -> Float[Tensor, "images texts"]: ...
 
 
+@runtime_checkable
+class Memory(Protocol):
+    """What a running generation remembers: a row for each sequence."""
+
+    lengths: list[int]
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens that a row can hold."""
+        ...
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        """Keeps these rows in this order, some perhaps more than once, and frees the others."""
+        ...
+
+    def put(self, row: int, other: Any, source: int = 0) -> None:
+        """Copies a row of another memory of the same model over a row of this one."""
+        ...
+
+    def cut(self, row: int, length: int) -> None:
+        """Forgets all but the first ``length`` tokens of a row; what is forgotten is plain text."""
+        ...
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """Writes text after a prompt, one token at a time; `samplers.autoregressive` is the loop over it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens after which an answer is complete."""
+        ...
+
+    def prompt(self, chats: Sequence[Chat]) -> Batch:
+        """Prompts as ``ids`` and ``valid`` (padded at the end) with the pixels or features of their media.
+
+        Raises:
+            MediaError: a medium cannot be read, or a prompt is longer than the context: nothing is ever cut.
+        """
+        ...
+
+    def new_memory(self, rows: int, capacity: int) -> Memory: ...
+
+    def prefill(self, batch: Batch, memory: Any) -> Float[Tensor, "rows vocab"]:
+        """Reads the prompts into an empty memory; scores of the token after each prompt."""
+        ...
+
+    def step(self, ids: Int[Tensor, " rows"], memory: Any) -> Float[Tensor, "rows vocab"]:
+        """Reads one more token a row; scores of the token after it."""
+        ...
+
+
+@runtime_checkable
+class Resumes(Protocol):
+    """Can read a prompt in pieces, so that long ones do not hold up others and common beginnings are read once."""
+
+    def plain_from(self, batch: Batch) -> int:
+        """From which token on a lone prompt is plain causal text; 0 if all of it is, its length if none of it."""
+        ...
+
+    def resume(self, ids: Int[Tensor, "rows tokens"], memory: Any) -> Float[Tensor, "rows vocab"]:
+        """Reads more plain text behind what the rows hold; scores of the token after it."""
+        ...
+
+
 def verbs_of(system: type) -> Sequence[str]:
     """The names of the verbs that a class implements."""
-    names = {"embed": "embed", "loss": "train", "logits": "classify", "count": "count"}
+    names = {"embed": "embed", "prefill": "ask", "loss": "train", "logits": "classify", "count": "count"}
     return [verb for method, verb in names.items() if getattr(system, method, None) is not None]

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image as PILImage
 from torch import Tensor
 
+from polymodal.core.batch import Batch
 from polymodal.core.errors import ConfigError, MediaError, did_you_mean
 from polymodal.core.files import read_json
 from polymodal.core.sample import Image
@@ -222,6 +223,24 @@ def thumbnail(picture: PILImage.Image, side: int) -> PILImage.Image:
     return picture.resize(size, PILImage.Resampling.BICUBIC, reducing_gap=1.1)
 
 
+@runtime_checkable
+class Processor(Protocol):
+    """What every image processor of a system can do."""
+
+    def to_hf(self) -> dict[str, Any]:
+        """Itself, as the Hub's preprocessor_config.json."""
+        ...
+
+
+@runtime_checkable
+class Shows(Protocol):
+    """Can show what a model gets of a picture."""
+
+    def pictures(self, batch: Batch) -> list[PILImage.Image]:
+        """The pixels of a system's batch as pictures again, for people to look at."""
+        ...
+
+
 # ---- geometry ----
 
 
@@ -339,6 +358,17 @@ class ImageProcessor:
         scale, shift = _affine(self.rescale, self.mean, self.std, pixels.device)
         floats = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         return floats.mul_(scale[:, None, None]).add_(shift[:, None, None])
+
+    def pictures(self, batch: Batch) -> list[PILImage.Image]:
+        """What a model got under the name ``pixels``, as pictures again."""
+        return self.denormalise(batch["pixels"])
+
+    def denormalise(self, pixels: Float[Tensor, "images 3 height width"]) -> list[PILImage.Image]:
+        """The inverse of `normalise`."""
+        scale, shift = _affine(self.rescale, self.mean, self.std, pixels.device)
+        levels = (pixels.float() - shift[:, None, None]) / scale[:, None, None]
+        arrays = levels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return [PILImage.fromarray(array) for array in arrays]
 
     def view(self, width: int, height: int) -> View:
         """Where the pixels of the result lie in an upright picture of that size."""
@@ -587,23 +617,30 @@ class PatchProcessor:
         }
 
 
+def declared_processor(folder: Path) -> dict[str, Any] | None:
+    """What ``preprocessor_config.json``, or else ``processor_config.json``, says; None if neither is there.
+
+    Raises:
+        ConfigError: what it says is no JSON object.
+    """
+    config, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if not config.is_file() and not whole.is_file():
+        return None
+    read = read_json(config) if config.is_file() else read_json(whole).get("image_processor")
+    if not isinstance(read, dict):
+        raise ConfigError(f"{folder}: the image processor's config is not a JSON object")
+    return read
+
+
 def load_processor(folder: str | Path) -> ImageProcessor | PatchProcessor:
     """The image processor of a checkpoint folder, from ``preprocessor_config.json`` or ``processor_config.json``.
 
     Raises:
         ConfigError: neither file is there, or it describes a processor that ours cannot follow.
     """
-    folder = Path(folder)
-    config = folder / "preprocessor_config.json"
-    whole = folder / "processor_config.json"
-    if config.is_file():
-        read = read_json(config)
-    elif whole.is_file():
-        read = read_json(whole).get("image_processor")
-    else:
+    read = declared_processor(Path(folder))
+    if read is None:
         raise ConfigError(f"{folder} holds neither preprocessor_config.json nor processor_config.json")
-    if not isinstance(read, dict):
-        raise ConfigError(f"{folder}: the image processor's config is not a JSON object")
     return (PatchProcessor if _hf_kind(read) in _FLEXIBLE else ImageProcessor).from_hf(read)
 
 
@@ -629,6 +666,7 @@ _FIXED: dict[str, dict[str, Any]] = {
     "Bit": {**_OPENAI, **_CUT, "resample": 3},
     "Siglip": {**_STANDARD, **_SQUARE, "default_to_square": False, "resample": 3},
     "ViT": {**_STANDARD, **_SQUARE, "resample": 2},
+    "Blip": {**_OPENAI, **_SQUARE, "size": 384, "resample": 3},
 }
 _FLEXIBLE: dict[str, dict[str, Any]] = {
     "Siglip2": {**_STANDARD, "do_resize": True, "resample": 2, "patch_size": 16, "max_num_patches": 256},

@@ -44,18 +44,41 @@ _PLAIN_KEYS = 256
 
 def attend(
     q: Float[Tensor, "batch heads queries head_dim"],
-    k: Float[Tensor, "batch heads keys head_dim"],
-    v: Float[Tensor, "batch heads keys head_dim"],
+    k: Float[Tensor, "batch kv_heads keys head_dim"],
+    v: Float[Tensor, "batch kv_heads keys head_dim"],
     *,
     mask: Bool[Tensor, "batch #heads #queries keys"] | None = None,
     causal: bool = False,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Tensor, "batch heads queries head_dim"]:
-    """Scaled dot-product attention, by the kernel that is fastest for the device and the direction."""
-    if not (q.device.type == "cpu" and torch.is_grad_enabled() and k.shape[2] <= _PLAIN_KEYS):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    """Scaled dot-product attention, by the kernel that is fastest for the device and the direction.
+
+    Args:
+        q: queries; their heads are a multiple of those of ``k`` and ``v``, neighbours share one (grouped queries).
+        k: keys.
+        v: values.
+        mask: True where a query may look.
+        causal: each query sees the keys up to its own place; as many keys as queries.
+        scale: of the scores; ``head_dim ** -0.5`` if not given.
+        soft_cap: scores pass through ``cap * tanh(score / cap)`` (Gemma 2).
+    """
+    groups, queries = q.shape[1] // k.shape[1], q.shape[2]
+    if groups > 1 and queries == 1 and (mask is None or mask.shape[1] == 1):
+        # One query a row: the heads that share a key become its queries, and nothing is copied.
+        folded = rearrange(q, "b (h g) 1 d -> b h g d", g=groups)
+        out = attend(folded, k, v, mask=mask, scale=scale, soft_cap=soft_cap)
+        return rearrange(out, "b h g d -> b (h g) 1 d")
+    if groups > 1:
+        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+    plain = q.device.type == "cpu" and torch.is_grad_enabled() and k.shape[2] <= _PLAIN_KEYS
+    if not plain and soft_cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     if causal:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        mask = torch.ones(queries, k.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1).to(v.dtype) @ v

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from polymodal.nn.attention import Attention
-from polymodal.nn.mlp import MLP, ActivationName, SwiGLU
+from polymodal.nn.mlp import MLP, ActivationName, GatedMLP
 
 
 class DropPath(nn.Module):
@@ -57,7 +57,7 @@ class Block(nn.Module):
         self.attn_norm = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, bias=qkv_bias)
         self.mlp_norm = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = SwiGLU(dim, hidden_dim) if activation == "swiglu" else MLP(dim, hidden_dim, activation)
+        self.mlp = GatedMLP(dim, hidden_dim, bias=True) if activation == "swiglu" else MLP(dim, hidden_dim, activation)
         self.attn_scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.mlp_scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = DropPath(drop_path)

@@ -43,6 +43,22 @@ def siglip_tower_(blocks: Iterable[nn.Module]) -> None:
 
 
 @torch.no_grad()
+def siglip_(
+    *,
+    blocks: Iterable[nn.Module],
+    layers: Iterable[nn.Linear | nn.Conv2d],
+    tables: Iterable[torch.Tensor],
+) -> None:
+    """big_vision's scheme for SigLIP: the blocks of both towers, the linear layers at their ends, and tables of vectors
+    (positions, tokens), normal with a standard deviation of one over the root of their width."""
+    siglip_tower_(blocks)
+    for layer in layers:
+        lecun_normal_(layer)
+    for table in tables:
+        nn.init.normal_(table, std=table.shape[-1] ** -0.5)
+
+
+@torch.no_grad()
 def openai_vision_(blocks: Iterable[nn.Module]) -> None:
     """The vision blocks of CLIP's official code: torch's own defaults, which fuse q, k and v into one matrix."""
     for block in blocks:

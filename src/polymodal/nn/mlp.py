@@ -31,24 +31,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class MLP(nn.Module):
     """Two linear layers with an activation between them."""
 
-    def __init__(self, dim: int, hidden_dim: int, activation: ActivationName = "gelu") -> None:
+    def __init__(self, dim: int, hidden_dim: int, activation: ActivationName = "gelu", *, bias: bool = True) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(dim, hidden_dim)
-        self.down_proj = nn.Linear(hidden_dim, dim)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         return self.down_proj(self.activation(self.up_proj(x)))
 
 
-class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))`` with biases, as DINOv2-g has it."""
+class GatedMLP(nn.Module):
+    """``down(activation(gate(x)) * up(x))`` without biases, as the Llama family has it."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, activation: ActivationName = "silu", *, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden_dim)
-        self.up_proj = nn.Linear(dim, hidden_dim)
-        self.down_proj = nn.Linear(hidden_dim, dim)
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

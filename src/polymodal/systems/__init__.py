@@ -35,5 +35,74 @@ TABLE = Registry(
             paper="SigLIP 2: Multilingual Vision-Language Encoders", year=2025, url="https://arxiv.org/abs/2502.14786",
             modalities=("image", "text"),
         ),
+        Entry(
+            name="language", module="polymodal.systems.language", cls="LanguageModel",
+            model_types=(
+                "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "opt", "gpt2",
+            ),
+            paper="LLaMA: Open and Efficient Foundation Language Models (and nine families more)", year=2023,
+            url="https://arxiv.org/abs/2302.13971", modalities=("text",),
+        ),
+        Entry(
+            name="t5", module="polymodal.systems.t5", cls="T5", model_types=("t5",),
+            paper="Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", year=2019,
+            url="https://arxiv.org/abs/1910.10683", modalities=("text",),
+        ),
+        Entry(
+            name="bart", module="polymodal.systems.bart", cls="BART", model_types=("bart",),
+            paper="BART: Denoising Sequence-to-Sequence Pre-training", year=2019,
+            url="https://arxiv.org/abs/1910.13461", modalities=("text",),
+        ),
+        Entry(
+            name="bert", module="polymodal.systems.bert", cls="BERT", model_types=("bert",),
+            paper="BERT: Pre-training of Deep Bidirectional Transformers", year=2018,
+            url="https://arxiv.org/abs/1810.04805", modalities=("text",),
+        ),
+        Entry(
+            name="llava", module="polymodal.systems.llava", cls="Llava", model_types=("llava",),
+            paper="Visual Instruction Tuning; Improved Baselines with Visual Instruction Tuning", year=2023,
+            url="https://arxiv.org/abs/2304.08485", modalities=("image", "text"),
+        ),
+        Entry(
+            name="llava_next", module="polymodal.systems.llava_next", cls="LlavaNext", model_types=("llava_next",),
+            paper="LLaVA-NeXT: Improved reasoning, OCR, and world knowledge", year=2024,
+            url="https://llava-vl.github.io/blog/2024-01-30-llava-next", modalities=("image", "text"),
+        ),
+        Entry(
+            name="paligemma", module="polymodal.systems.paligemma", cls="PaliGemma", model_types=("paligemma",),
+            paper="PaliGemma: A versatile 3B VLM for transfer; PaliGemma 2", year=2024,
+            url="https://arxiv.org/abs/2407.07726", modalities=("image", "text"),
+        ),
+        Entry(
+            name="blip2", module="polymodal.systems.blip2", cls="BLIP2", model_types=("blip-2",),
+            paper="BLIP-2: Language-Image Pre-training with Frozen Image Encoders and Large Language Models", year=2023,
+            url="https://arxiv.org/abs/2301.12597", modalities=("image", "text"),
+        ),
+        Entry(
+            name="blip2_qformer", module="polymodal.systems.blip2_qformer", cls="BLIP2QFormer",
+            model_types=("blip-2",), architectures=("Blip2ForImageTextRetrieval", "Blip2Qformer"),
+            paper="BLIP-2, stage 1: Vision-Language Representation Learning from a Frozen Image Encoder", year=2023,
+            url="https://arxiv.org/abs/2301.12597", modalities=("image", "text"),
+        ),
+        Entry(
+            name="flamingo", module="polymodal.systems.flamingo", cls="Flamingo", model_types=("open_flamingo",),
+            paper="Flamingo: a Visual Language Model for Few-Shot Learning", year=2022,
+            url="https://arxiv.org/abs/2204.14198", modalities=("image", "text"),
+        ),
+        Entry(
+            name="idefics", module="polymodal.systems.idefics", cls="Idefics", model_types=("idefics",),
+            paper="OBELICS: An Open Web-Scale Filtered Dataset of Interleaved Image-Text Documents", year=2023,
+            url="https://arxiv.org/abs/2306.16527", modalities=("image", "text"),
+        ),
+        Entry(
+            name="qwen2_vl", module="polymodal.systems.qwen2_vl", cls="Qwen2VL", model_types=("qwen2_vl",),
+            paper="Qwen2-VL: Enhancing Vision-Language Model's Perception of the World at Any Resolution", year=2024,
+            url="https://arxiv.org/abs/2409.12191", modalities=("image", "video", "text"),
+        ),
+        Entry(
+            name="qwen2_5_vl", module="polymodal.systems.qwen2_5_vl", cls="Qwen2_5VL", model_types=("qwen2_5_vl",),
+            paper="Qwen2.5-VL Technical Report", year=2025, url="https://arxiv.org/abs/2502.13923",
+            modalities=("image", "video", "text"),
+        ),
     ),
 )  # fmt: skip

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,15 +18,16 @@ from polymodal.core.files import read_json, write_json
 from polymodal.core.sample import Sample, samples
 from polymodal.core.verbs import TensorSpec
 from polymodal.heads.contrastive import ContrastiveHead, SigmoidHead
-from polymodal.modalities.image import ImageProcessor, PatchProcessor, load_processor
+from polymodal.modalities.image import ImageProcessor, Processor, load_processor
 from polymodal.nn.precision import Precision, cast
 from polymodal.nn.skeleton import skeleton
-from polymodal.tokenizers.text import TextTokenizer
+from polymodal.tokenizers.text import Pad, TextTokenizer
 from polymodal.weights.files import Checkpoint, write_shards
 from polymodal.weights.format import Format, Reference
 from polymodal.weights.rules import Copy, Plan, plan, to_theirs, unplan
 
 PREPROCESSOR = "preprocessor_config.json"
+S = TypeVar("S", bound="System")
 
 
 class System(nn.Module):
@@ -34,7 +35,7 @@ class System(nn.Module):
 
     formats: ClassVar[dict[str, Format]]
     reference: ClassVar[Reference | None] = None
-    images: ImageProcessor | PatchProcessor | None = None
+    images: Processor | None = None
     tokenizer: TextTokenizer | None = None
     source: str = "built from a config: random weights"
 
@@ -56,32 +57,21 @@ class System(nn.Module):
     def load_processors(self, folder: Path) -> None:
         """Reads the pre-processing that a checkpoint's folder declares beside that of images."""
 
-    def load_images(self, folder: Path, fmt: Format) -> ImageProcessor | PatchProcessor | None:
+    def save_processors(self, folder: Path) -> None:
+        """Writes what `load_processors` reads."""
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+
+    def load_images(self, folder: Path, fmt: Format) -> Processor | None:
         """The image processor of a checkpoint's folder; what follows from the config where it declares none."""
         if fmt.read_images is not None:
             return fmt.read_images(folder, self.config)
         declared = (folder / PREPROCESSOR).is_file() or (folder / "processor_config.json").is_file()
         return load_processor(folder) if declared else self.default_images()
 
-    def default_images(self) -> ImageProcessor | PatchProcessor | None:
+    def default_images(self) -> Processor | None:
         """The pre-processing that follows from the config alone, for a system built without a checkpoint."""
         return None
-
-    def prepare_images(self, items: Sequence[Sample]) -> Batch:
-        if not isinstance(self.images, ImageProcessor):
-            raise UnsupportedError(
-                f"{type(self).__name__} ({self.source}) has no image processor: its folder has no {PREPROCESSOR}"
-            )
-        return Batch(pixels=self.images([s.images[0] for s in items]))
-
-    def prepare_texts(self, items: Sequence[Sample]) -> Batch:
-        if self.tokenizer is None:
-            raise UnsupportedError(
-                f"{type(self).__name__} ({self.source}) reads no text: it has no text tower, or no tokenizer.json was "
-                "beside its weights (set model.tokenizer)"
-            )
-        ids, _ = self.tokenizer([s.texts[0].text for s in items])
-        return Batch(ids=ids)
 
     # -- training: defaults of the Trains protocol
 
@@ -100,7 +90,7 @@ class System(nn.Module):
     # -- building
 
     @classmethod
-    def build(cls, config: Any) -> System:
+    def build(cls: type[S], config: Any) -> S:
         """A system with freshly initialised weights."""
         model = cls(config)
         model.init_weights()
@@ -108,7 +98,7 @@ class System(nn.Module):
         return model
 
     @classmethod
-    def from_folder(cls, folder: Path, format_name: str, *, precision: Precision = "fp32") -> System:
+    def from_folder(cls: type[S], folder: Path, format_name: str, *, precision: Precision = "fp32") -> S:
         """A system with the weights of a folder, all of them, or an error that lists every problem.
 
         The module is made on the meta device and filled tensor by tensor: a checkpoint is never in memory twice.
@@ -185,8 +175,7 @@ class System(nn.Module):
         elif self.images is not None:
             write_json(folder / PREPROCESSOR, self.images.to_hf())
         write_json(folder / fmt.config_file, raw)
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder)
+        self.save_processors(folder)
         write_shards(folder, stream(), single=fmt.weights_file, shard_bytes=shard_bytes)
         return folder
 
@@ -200,15 +189,11 @@ class System(nn.Module):
         weights = [(s.ours[0], s.theirs[0]) for s in steps if isinstance(s.op, Copy) and s.ours[0].endswith(".weight")]
         return {ours.removesuffix(".weight"): theirs.removesuffix(".weight") for ours, theirs in weights}
 
-    # -- embedding: the Embeds protocol
+    # -- identity
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
-
-    @property
-    def embedding_dim(self) -> int:
-        raise UnsupportedError(f"{type(self).__name__} gives no vectors")
 
     @property
     def fingerprint(self) -> str:
@@ -228,6 +213,30 @@ class System(nn.Module):
             self._fingerprint = None  # the weights are about to change
         return super().train(mode)
 
+
+class Embedder(System):
+    """Base of the systems that give one vector a sample: the `Embeds` protocol."""
+
+    @property
+    def embedding_dim(self) -> int:
+        raise UnsupportedError(f"{type(self).__name__} gives no vectors")
+
+    def prepare_images(self, items: Sequence[Sample]) -> Batch:
+        if not isinstance(self.images, ImageProcessor):
+            raise UnsupportedError(
+                f"{type(self).__name__} ({self.source}) has no image processor: its folder has no {PREPROCESSOR}"
+            )
+        return Batch(pixels=self.images([s.images[0] for s in items]))
+
+    def prepare_texts(self, items: Sequence[Sample]) -> Batch:
+        if self.tokenizer is None:
+            raise UnsupportedError(
+                f"{type(self).__name__} ({self.source}) reads no text: it has no text tower, or no tokenizer.json was "
+                "beside its weights (set model.tokenizer)"
+            )
+        ids, _ = self.tokenizer([s.texts[0].text for s in items])
+        return Batch(ids=ids)
+
     def prepare(self, items: Sequence[Sample]) -> Batch:
         """Decodes and pre-processes samples that are all one picture, or all one text, each.
 
@@ -242,6 +251,8 @@ class System(nn.Module):
                 )
         kinds = {type(item.parts[0]) for item in items}
         assert len(kinds) == 1, "prepare takes samples of one kind"
+        if items[0].videos:
+            raise UnsupportedError(f"{type(self).__name__} reads no clips: embed their frames (modalities.video.read)")
         return self.prepare_images(items) if items[0].images else self.prepare_texts(items)
 
     def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
@@ -275,13 +286,20 @@ class System(nn.Module):
         return out
 
 
-class DualEncoder(System):
+class DualEncoder(Embedder):
     """Base of the systems that put pictures and texts into one space; a batch has the names of the encoders' inputs."""
 
     head: ContrastiveHead | SigmoidHead
+    padding: ClassVar[Pad] = "longest"  # what texts are padded to: "max" where the text tower reads the last position
 
     encode_images: Callable[..., Tensor]  # unit vectors of pictures; takes what `prepare_images` makes
     encode_texts: Callable[..., Tensor]  # unit vectors of texts from their ids
+
+    def load_processors(self, folder: Path) -> None:
+        """Reads the tokenizer, where the folder has one; texts are cut at the context of the text tower."""
+        if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+            length = self.config.text.context
+            self.tokenizer = TextTokenizer.from_folder(folder, length=length, pad=self.padding)
 
     def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
         batch = batch.to(self.device)

@@ -40,7 +40,6 @@ from polymodal.modalities.image import CLIP_MEAN, CLIP_STD, CenterCrop, ImagePro
 from polymodal.nn.init import openai_text_, openai_vision_
 from polymodal.nn.mlp import ActivationName
 from polymodal.systems.base import DualEncoder, Format, Reference
-from polymodal.tokenizers.text import TextTokenizer
 from polymodal.weights.fields import IMAGE_FIELDS, TRANSFORMER_FIELDS, Fields, FieldTable, read_fields, write_fields
 from polymodal.weights.format import different_fields
 from polymodal.weights.layouts import OPEN_CLIP_PLAIN, clip_blocks, open_clip_rules
@@ -119,10 +118,6 @@ class CLIP(DualEncoder):
         side = self.config.vision.image_size
         texts = sum(self.prepare_texts([Sample((text,))])["ids"].shape[1] for text in sample.texts)
         return len(sample.images) * self.config.vision.count(side, side) + texts
-
-    def load_processors(self, folder: Path) -> None:
-        if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
-            self.tokenizer = TextTokenizer.from_folder(folder, length=self.config.text.context, pad="longest")
 
     def default_images(self) -> ImageProcessor:
         side = self.config.vision.image_size

@@ -50,7 +50,7 @@ from polymodal.heads.distillation import (
     sinkhorn_knopp,
 )
 from polymodal.modalities.image import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, ImageProcessor, ShortestEdge
-from polymodal.systems.base import Format, Reference, System
+from polymodal.systems.base import Embedder, Format, Reference
 from polymodal.weights.fields import IMAGE_FIELDS, Fields, FieldTable, read_fields, write_fields
 from polymodal.weights.layouts import dinov2_rules
 from polymodal.weights.rules import Rule, init
@@ -91,7 +91,7 @@ PRESETS = {
 
 
 @final
-class DINOv2(System):
+class DINOv2(Embedder):
     """Self-distillation with masked patches. ``vision`` is the product: the teacher, where there is an objective."""
 
     config: DINOv2Config

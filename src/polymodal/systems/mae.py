@@ -39,7 +39,7 @@ from polymodal.heads.reconstruction import PatchDecoder, PatchDecoderConfig, pat
 from polymodal.modalities.image import IMAGENET_MEAN, IMAGENET_STD, Exact, ImageProcessor
 from polymodal.nn.block import Block
 from polymodal.nn.position import sincos_2d
-from polymodal.systems.base import Format, Reference, System
+from polymodal.systems.base import Embedder, Format, Reference
 from polymodal.weights.fields import IMAGE_FIELDS, TRANSFORMER_FIELDS, Fields, FieldTable, read_fields, write_fields
 from polymodal.weights.layouts import vit_blocks, vit_embeddings
 from polymodal.weights.rules import Rule, Squeeze, read_only, rule
@@ -95,7 +95,7 @@ class Shuffle(NamedTuple):
 
 
 @final
-class MAE(System):
+class MAE(Embedder):
     """Masked autoencoder."""
 
     config: MAEConfig

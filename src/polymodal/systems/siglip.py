@@ -19,8 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +34,9 @@ from polymodal.encoders.text import TextConfig, TextTower
 from polymodal.encoders.vit import ViT, ViTConfig
 from polymodal.heads.contrastive import SigmoidHead
 from polymodal.modalities.image import HALF, Exact, ImageProcessor
-from polymodal.nn.init import lecun_normal_, siglip_tower_
+from polymodal.nn.init import siglip_
 from polymodal.systems.base import DualEncoder, Format, Reference
-from polymodal.tokenizers.text import TextTokenizer
+from polymodal.tokenizers.text import Pad
 from polymodal.weights.fields import IMAGE_FIELDS, TRANSFORMER_FIELDS, Fields, FieldTable, read_fields, write_fields
 from polymodal.weights.layouts import siglip_rules
 from polymodal.weights.rules import Rule, drop, rule
@@ -76,6 +75,7 @@ class SigLIP(DualEncoder):
     """Sigmoid loss for language-image pre-training."""
 
     config: SigLIPConfig
+    padding: ClassVar[Pad] = "max"
 
     def __init__(self, config: SigLIPConfig) -> None:
         super().__init__(config)
@@ -87,17 +87,14 @@ class SigLIP(DualEncoder):
         self.text_projection = nn.Linear(config.text.dim, v.dim)
         self.head = SigmoidHead()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
         """big_vision's scheme."""
-        siglip_tower_(self.vision.blocks)
-        siglip_tower_(self.text.blocks)
+        siglip_(
+            blocks=(*self.vision.blocks, *self.text.blocks),
+            layers=(self.vision.patch_embed, self.text_projection),
+            tables=(self.vision.position, self.text.position, self.text.embed_tokens.weight),
+        )
         self.pool.init_weights()
-        lecun_normal_(self.vision.patch_embed)
-        lecun_normal_(self.text_projection)
-        nn.init.normal_(self.vision.position, std=self.config.vision.dim**-0.5)
-        nn.init.normal_(self.text.position, std=self.config.text.dim**-0.5)
-        nn.init.normal_(self.text.embed_tokens.weight, std=self.config.text.dim**-0.5)
 
     def inputs_spec(self) -> dict[str, TensorSpec]:
         v, t = self.config.vision, self.config.text
@@ -120,10 +117,6 @@ class SigLIP(DualEncoder):
         """Tokens that the towers compute for the parts of a sample: a text always fills the context."""
         side = self.config.vision.image_size
         return len(sample.images) * self.config.vision.count(side, side) + len(sample.texts) * self.config.text.context
-
-    def load_processors(self, folder: Path) -> None:
-        if (folder / "tokenizer.json").is_file():
-            self.tokenizer = TextTokenizer.from_folder(folder, length=self.config.text.context, pad="max")
 
     def default_images(self) -> ImageProcessor:
         side = self.config.vision.image_size

@@ -21,8 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -40,10 +39,10 @@ from polymodal.encoders.text import TextConfig, TextTower
 from polymodal.heads.contrastive import SigmoidHead
 from polymodal.modalities.image import PatchBudget, PatchProcessor, decode
 from polymodal.nn.block import Block
-from polymodal.nn.init import lecun_normal_, siglip_tower_
+from polymodal.nn.init import siglip_
 from polymodal.nn.mlp import ActivationName
 from polymodal.systems.base import DualEncoder, Format, Reference
-from polymodal.tokenizers.text import TextTokenizer
+from polymodal.tokenizers.text import Pad
 from polymodal.weights.fields import TRANSFORMER_FIELDS, Fields, FieldTable, read_fields, write_fields
 from polymodal.weights.layouts import siglip_rules
 from polymodal.weights.rules import Rule, rule
@@ -143,6 +142,7 @@ class SigLIP2(DualEncoder):
 
     config: SigLIP2Config
     images: PatchProcessor | None
+    padding: ClassVar[Pad] = "max"
 
     def __init__(self, config: SigLIP2Config) -> None:
         super().__init__(config)
@@ -153,17 +153,14 @@ class SigLIP2(DualEncoder):
         self.text_projection = nn.Linear(config.text.dim, v.dim)
         self.head = SigmoidHead()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
         """big_vision's scheme, as for SigLIP."""
-        siglip_tower_(self.vision.blocks)
-        siglip_tower_(self.text.blocks)
+        siglip_(
+            blocks=(*self.vision.blocks, *self.text.blocks),
+            layers=(self.vision.patch_embed, self.text_projection),
+            tables=(self.vision.position, self.text.position, self.text.embed_tokens.weight),
+        )
         self.pool.init_weights()
-        lecun_normal_(self.vision.patch_embed)
-        lecun_normal_(self.text_projection)
-        nn.init.normal_(self.vision.position, std=self.config.vision.dim**-0.5)
-        nn.init.normal_(self.text.position, std=self.config.text.dim**-0.5)
-        nn.init.normal_(self.text.embed_tokens.weight, std=self.config.text.dim**-0.5)
 
     def inputs_spec(self) -> dict[str, TensorSpec]:
         v, t = self.config.vision, self.config.text
@@ -204,10 +201,6 @@ class SigLIP2(DualEncoder):
     def prepare_images(self, items: Sequence[Sample]) -> Batch:
         patches, mask, shapes = self._processor()([s.images[0] for s in items])
         return Batch(patches=patches, mask=mask, shapes=shapes)
-
-    def load_processors(self, folder: Path) -> None:
-        if (folder / "tokenizer.json").is_file():
-            self.tokenizer = TextTokenizer.from_folder(folder, length=self.config.text.context, pad="max")
 
     def default_images(self) -> PatchProcessor:
         v = self.config.vision

@@ -34,7 +34,7 @@ from polymodal.encoders.vit import ViT, ViTConfig
 from polymodal.heads.classification import classification_loss
 from polymodal.modalities.image import HALF, Exact, ImageProcessor
 from polymodal.nn.init import lecun_normal_, siglip_tower_
-from polymodal.systems.base import Format, Reference, System
+from polymodal.systems.base import Embedder, Format, Reference
 from polymodal.weights.fields import IMAGE_FIELDS, TRANSFORMER_FIELDS, Fields, FieldTable, read_fields, write_fields
 from polymodal.weights.layouts import vit_blocks, vit_embeddings
 from polymodal.weights.rules import Rule, rule
@@ -70,7 +70,7 @@ PRESETS = {
 
 
 @final
-class VisionTransformer(System):
+class VisionTransformer(Embedder):
     """A Vision Transformer classifier; its vector of a picture is the class token."""
 
     config: VisionTransformerConfig

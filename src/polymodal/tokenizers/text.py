@@ -133,13 +133,13 @@ class TextTokenizer:
         return len(self.prefix) + len(self._contents([text])[0]) + len(self.suffix)
 
     def _contents(self, texts: Sequence[str]) -> list[list[int]]:
-        cleaned = [self.clean(_checked(text)) for text in texts]
+        cleaned = [self.clean(checked_text(text)) for text in texts]
         contents = [encoding.ids for encoding in self.backend.encode_batch_fast(cleaned, add_special_tokens=False)]
         control = {*self.prefix, *self.suffix}
         for text, content in zip(texts, contents, strict=True):
             # Happens where the unknown token is the end token (CLIP) and the vocabulary lacks a byte.
             if not control.isdisjoint(content):
-                raise MediaError(f"{_quoted(text)} has characters that this vocabulary does not spell")
+                raise MediaError(f"{quoted(text)} has characters that this vocabulary does not spell")
         return contents
 
     @property
@@ -174,8 +174,8 @@ class TextTokenizer:
         folder = Path(folder)
         config = _read_config(folder)
         kind = _KINDS[_kind(config)]
-        backend = _read_backend(folder, config)
-        prefix, suffix = _control(backend, config)
+        backend = read_backend(folder, config)
+        prefix, suffix = control_ids(backend, config)
         if length is None:
             length = config.get("model_max_length")
             if not isinstance(length, int) or length > 2**20:
@@ -191,7 +191,7 @@ class TextTokenizer:
             length=length,
             prefix=prefix,
             suffix=suffix,
-            pad_id=_id(backend, config, "pad_token"),
+            pad_id=token_id(backend, config, "pad_token"),
             pad_side=side,
             pad=pad,
             clean=clean,
@@ -205,7 +205,7 @@ class TextTokenizer:
             folder / "tokenizer_config.json",
             {**self.config, "model_max_length": self.length, "padding_side": self.pad_side},
         )
-        special = {name: _content(self.config[name]) for name in _TOKENS if self.config.get(name) is not None}
+        special = {name: token_content(self.config[name]) for name in TOKENS if self.config.get(name) is not None}
         write_json(folder / "special_tokens_map.json", special)
 
     @classmethod
@@ -244,7 +244,7 @@ class TextTokenizer:
             special_tokens=endings,
             show_progress=False,
         )
-        learner.train_from_iterator(map(_checked, texts), trainer)
+        learner.train_from_iterator(map(checked_text, texts), trainer)
         learnt = _merges(learner)
         if not learnt:
             raise DataError("train_bpe was given no text to learn from")
@@ -269,21 +269,23 @@ class TextTokenizer:
         )
 
 
-def _checked(text: str) -> str:
+def checked_text(text: str) -> str:
+    """The text, if a tokenizer can read it; else a `MediaError`."""
     if not isinstance(text, str):
         raise MediaError(f"a tokenizer takes str, not {type(text).__name__}")
     if len(text) > MAX_CHARACTERS:
-        raise MediaError(f"{_quoted(text)} has {len(text):,} characters, more than the {MAX_CHARACTERS:,} allowed")
+        raise MediaError(f"{quoted(text)} has {len(text):,} characters, more than the {MAX_CHARACTERS:,} allowed")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise MediaError(
-            f"{_quoted(text)} has half of a surrogate pair: it was decoded with the wrong encoding"
+            f"{quoted(text)} has half of a surrogate pair: it was decoded with the wrong encoding"
         ) from None
     return text
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A text's beginning for a message, in ASCII."""
     return ascii(text[:40] + ("..." if len(text) > 40 else ""))
 
 
@@ -353,9 +355,9 @@ _KINDS = {
     "PreTrainedTokenizer": _Kind(),
     "TokenizersBackend": _Kind(),
 }
-_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _READ = {
-    *_TOKENS, "tokenizer_class", "model_max_length", "padding_side", "do_lower_case", "add_bos_token", "add_eos_token",
+    *TOKENS, "tokenizer_class", "model_max_length", "padding_side", "do_lower_case", "add_bos_token", "add_eos_token",
 }  # fmt: skip
 # Of no effect on the ids: what decodes, what is also in tokenizer.json, what other modes of use need.
 _IGNORED = {
@@ -384,7 +386,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "tokenizer_config.json").is_file():
         if (folder / "tokenizer.json").is_file():
             raise ConfigError(f"{folder} lacks tokenizer_config.json, which names the padding token")
-        return dict(_CLIP_CONFIG)  # OpenAI's two files and nothing else; `_read_backend` says if these are missing too
+        return dict(_CLIP_CONFIG)  # OpenAI's two files and nothing else; `read_backend` says if these are missing too
     config = read_json(folder / "tokenizer_config.json")
     if not isinstance(config, dict):
         raise ConfigError(f"{folder / 'tokenizer_config.json'} is not a JSON object")
@@ -398,14 +400,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder / 'tokenizer_config.json'}:\n{listed}")
     special = folder / "special_tokens_map.json"
     for name, token in read_json(special).items() if special.is_file() else ():
-        if name in _TOKENS and config.get(name) is None:
+        if name in TOKENS and config.get(name) is None:
             config[name] = token
     if _kind(config) == "CLIPTokenizer":
         config = {**_CLIP_CONFIG, **{name: value for name, value in config.items() if value is not None}}
     return config
 
 
-def _read_backend(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+def read_backend(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that a folder's files describe."""
     whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
     # The library raises a bare Exception for a broken file.
     if whole.is_file():
@@ -414,15 +417,18 @@ def _read_backend(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
         except Exception as error:
             raise ConfigError(f"{whole} is not a tokenizer file, or is cut off") from error
     if vocab.is_file() and merges.is_file():
-        if _kind(config) != "CLIPTokenizer":
-            raise ConfigError(f"{folder}: vocab.json and merges.txt are read for CLIP only; {whole.name} is needed")
+        if str(config.get("tokenizer_class")).removesuffix("Fast") != "CLIPTokenizer":
+            raise ConfigError(
+                f"{folder}: vocab.json and merges.txt are read for CLIP only; {whole.name} is needed: save the "
+                "tokenizer once more with transformers"
+            )
         try:
             model = models.BPE.from_file(
-                str(vocab), str(merges), end_of_word_suffix=_END_OF_WORD, unk_token=_content(config["unk_token"])
+                str(vocab), str(merges), end_of_word_suffix=_END_OF_WORD, unk_token=token_content(config["unk_token"])
             )
         except Exception as error:
             raise ConfigError(f"{folder}: vocab.json and merges.txt are broken or do not belong together") from error
-        return _clip_backend(model, _content(config["bos_token"]), _content(config["eos_token"]))
+        return _clip_backend(model, token_content(config["bos_token"]), token_content(config["eos_token"]))
     models_of_sentencepiece = sorted(path.name for path in folder.glob("*.model"))
     if models_of_sentencepiece:
         raise ConfigError(
@@ -432,25 +438,26 @@ def _read_backend(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
     raise ConfigError(f"{folder} has no tokenizer: tokenizer.json, or vocab.json and merges.txt, are needed")
 
 
-def _content(token: str | Mapping[str, Any]) -> str:
+def token_content(token: str | Mapping[str, Any]) -> str:
     """A control token is written as a str, or as an object with its stripping rules."""
     return token if isinstance(token, str) else token["content"]
 
 
-def _id(backend: Tokenizer, config: Mapping[str, Any], name: str) -> int:
+def token_id(backend: Tokenizer, config: Mapping[str, Any], name: str) -> int:
+    """The id of a control token that the configuration names, e.g. ``pad_token``; a `ConfigError` if there is none."""
     if config.get(name) is None:
         raise ConfigError(f"the tokenizer's files do not name its {name}")
-    found = backend.token_to_id(_content(config[name]))
+    found = backend.token_to_id(token_content(config[name]))
     if found is None:
-        raise ConfigError(f"the {name} {_content(config[name])!r} is not in the vocabulary")
+        raise ConfigError(f"the {name} {token_content(config[name])!r} is not in the vocabulary")
     return found
 
 
-def _control(backend: Tokenizer, config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def control_ids(backend: Tokenizer, config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids before and after every text: by add_bos_token and add_eos_token if given, else by tokenizer.json."""
     if config.get("add_bos_token") is not None or config.get("add_eos_token") is not None:
-        prefix = (_id(backend, config, "bos_token"),) if config.get("add_bos_token") else ()
-        return prefix, (_id(backend, config, "eos_token"),) if config.get("add_eos_token") else ()
+        prefix = (token_id(backend, config, "bos_token"),) if config.get("add_bos_token") else ()
+        return prefix, (token_id(backend, config, "eos_token"),) if config.get("add_eos_token") else ()
     backend.no_truncation()  # a tokenizer.json saved after use holds the last call's limits
     backend.no_padding()
     bare = len(backend.encode("a", add_special_tokens=False).ids)

@@ -7,6 +7,7 @@ from reprlib import repr as short
 from typing import Any, TypeVar
 
 from polymodal.core.errors import ConfigError, did_you_mean
+from polymodal.nn.mlp import ActivationName
 
 T = TypeVar("T")
 _NOTHING: Any = object()
@@ -101,12 +102,10 @@ class Fields:
     Problems are collected over the whole config and raised together by `done`.
     """
 
-    def __init__(
-        self, values: Mapping[str, Any], where: str = "config.json", problems: list[str] | None = None
-    ) -> None:
+    def __init__(self, values: Any, where: str = "config.json", problems: list[str] | None = None) -> None:
         self._where = where
         self._seen: dict[str, str] = {}
-        self._children: list[Fields] = []
+        self._children: dict[str, Fields] = {}
         self.problems: list[str] = [] if problems is None else problems
         if not isinstance(values, Mapping):
             self.problems.append(f"{where} is {short(values)}, expected an object")
@@ -127,14 +126,32 @@ class Fields:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             problem = f"expected {kind.__name__}"
-        elif isinstance(value, float) and not 0 <= value <= LARGEST:
-            problem = f"expected 0 to {LARGEST:,}"
+        elif isinstance(value, float) and not 0 <= value <= most:
+            problem = f"expected 0 to {most:,}"
         elif kind is int and not least <= value <= most:  # type: ignore[operator]
             problem = f"expected {least} to {most:,}"
         else:
             return value
         self.problems.append(f"{self._where}: {name} is {short(value)}, {problem}")
         return kind() if default is _NOTHING else default
+
+    def optional(self, name: str, kind: type[T]) -> T | None:
+        """The field's value, or None where it is missing or null."""
+        self._seen[name] = "read"
+        return None if self._values.get(name) is None else self.take(name, kind, least=0)
+
+    def has(self, name: str) -> bool:
+        """Whether the config says anything about this field."""
+        return self._values.get(name) is not None
+
+    def is_list(self, name: str) -> bool:
+        return isinstance(self._values.get(name), list)
+
+    def numbers(self, name: str, kind: type[T]) -> tuple[T, ...]:
+        """A list of numbers of one kind."""
+        values = self.take(name, list)
+        each = Fields({str(i): value for i, value in enumerate(values)}, f"{self._where}: {name}", self.problems)
+        return tuple(each.take(str(i), kind, least=0) for i in range(len(values)))
 
     def choose(self, name: str, options: Mapping[str, T], default: str = _NOTHING) -> T:
         """The field's value, translated; unknown values are a problem."""
@@ -144,11 +161,16 @@ class Fields:
         self.problems.append(f"{self._where}: {name} is {short(value)}; understood: {', '.join(sorted(options))}")
         return next(iter(options.values()))
 
-    def require(self, name: str, value: Any) -> None:
-        """The field, if it is there, must have this value: nothing else is supported."""
+    def require(self, name: str, *values: Any) -> None:
+        """The field, if it is there, must have this value, or one of these: nothing else is supported."""
         self._seen[name] = "required"
-        if name in self._values and self._values[name] != value:
-            self.problems.append(f"{self._where}: {name} is {short(self._values[name])}; only {value!r} is supported")
+        if name in self._values and self._values[name] not in values:
+            good = " or ".join(repr(v) for v in values)
+            self.problems.append(f"{self._where}: {name} is {short(self._values[name])}; only {good} is supported")
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the config has this field, be it null."""
+        return name in self._values
 
     def ignore(self, reason: str, *names: str) -> None:
         """These fields are not needed, for the written reason."""
@@ -157,10 +179,10 @@ class Fields:
     def child(self, name: str) -> Fields:
         """A nested config; problems are shared."""
         self._seen[name] = "read"
-        value = self._values.get(name)
-        fields = Fields({} if value is None else value, f"{self._where}: {name}", self.problems)
-        self._children.append(fields)
-        return fields
+        if name not in self._children:
+            value = self._values.get(name)
+            self._children[name] = Fields({} if value is None else value, f"{self._where}: {name}", self.problems)
+        return self._children[name]
 
     def done(self) -> dict[str, str]:
         """What was done with each field.
@@ -182,13 +204,13 @@ class Fields:
             for n in self._values
             if n in self._seen or n in GENERIC
         }
-        for child in self._children:
+        for child in self._children.values():
             report |= child._report()
         return report
 
 
 # The `hidden_act` values of the Hub and their names here.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, ActivationName] = {
     "gelu": "gelu",
     "quick_gelu": "quick_gelu",
     "gelu_pytorch_tanh": "gelu_tanh",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from polymodal.weights.fields import TRANSFORMER_FIELDS, Fields, FieldTable, read_fields, write_fields
 from polymodal.weights.rules import Rule, Split, Squeeze, Transpose, rule
 
 
@@ -138,3 +139,57 @@ def dinov2_rules(ours: str, *, swiglu: bool) -> list[Rule]:
         *mlp,
         rule("layernorm.{p}", f"{ours}.norm.{{p}}"),
     ]
+
+
+# ---- BLIP-2's Q-Former
+
+_QFORMER: FieldTable = (
+    *TRANSFORMER_FIELDS, ("cross_attention_frequency", "cross_every", 2), ("hidden_act", "activation", "gelu"),
+    ("layer_norm_eps", "norm_eps", 1e-12),
+)  # fmt: skip
+
+
+def read_qformer(f: Fields) -> dict[str, Any]:
+    """The shape of a Q-Former from the ``qformer_config`` of a system; what concerns its text is left to the caller."""
+    f.require("model_type", "blip_2_qformer")
+    f.require("position_embedding_type", "absolute")
+    f.ignore("dropout of training, which it is built without", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    f.ignore("a head that is not here", "classifier_dropout")
+    f.ignore("it follows from the tower", "encoder_hidden_size")
+    fields = read_fields(f, _QFORMER)
+    if fields["dim"] % max(fields["num_heads"], 1):
+        f.problems.append(f"config.json: hidden_size {fields['dim']} is not a multiple of num_attention_heads")
+        fields["num_heads"] = 1
+    return fields
+
+
+def write_qformer(config: Any) -> dict[str, Any]:
+    """The fields of `read_qformer`."""
+    return {"model_type": "blip_2_qformer", **write_fields(config, _QFORMER)}
+
+
+def qformer_rules(ours: str) -> list[Rule]:
+    """A Q-Former and its queries as transformers names them; those of its text bind where it reads text."""
+    t, o = "qformer.encoder.layer.{i}", f"{ours}.blocks.{{i}}"
+    rules = [
+        rule("query_tokens", f"{ours}.queries", Squeeze((0,))),
+        rule("embeddings.word_embeddings.weight", f"{ours}.embed_tokens.weight"),
+        rule("embeddings.position_embeddings.weight", f"{ours}.position.weight"),
+        rule("qformer.layernorm.{p}", f"{ours}.norm.{{p}}"),
+    ]
+    for theirs, mine, norm in (("attention", "attn", "attn_norm"), ("crossattention", "cross_attn", "cross_norm")):
+        rules += [
+            *(
+                rule(f"{t}.{theirs}.attention.{n}.{{p}}", f"{o}.{mine}.{n[0]}_proj.{{p}}")
+                for n in ("query", "key", "value")
+            ),
+            rule(f"{t}.{theirs}.output.dense.{{p}}", f"{o}.{mine}.o_proj.{{p}}"),
+            rule(f"{t}.{theirs}.output.LayerNorm.{{p}}", f"{o}.{norm}.{{p}}"),
+        ]
+    for kind, mine, norm in (("_query", "mlp", "mlp_norm"), ("", "text_mlp", "text_norm")):
+        rules += [
+            rule(f"{t}.intermediate{kind}.dense.{{p}}", f"{o}.{mine}.up_proj.{{p}}"),
+            rule(f"{t}.output{kind}.dense.{{p}}", f"{o}.{mine}.down_proj.{{p}}"),
+            rule(f"{t}.output{kind}.LayerNorm.{{p}}", f"{o}.{norm}.{{p}}"),
+        ]
+    return rules

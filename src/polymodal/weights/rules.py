@@ -39,14 +39,22 @@ class Copy:
 
 @dataclass(frozen=True)
 class Split:
-    """One of theirs becomes equal parts of ours along ``dim`` (a fused ``in_proj_weight`` into q, k, v)."""
+    """One of theirs becomes parts of ours along ``dim`` (a fused ``in_proj_weight`` into q, k, v).
 
-    parts: int
+    ``parts`` is a number of equal parts, or their lengths.
+    """
+
+    parts: int | tuple[int, ...]
     dim: int = 0
 
     def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
         (tensor,) = tensors
-        if tensor.shape[self.dim] % self.parts:
+        length = tensor.shape[self.dim]
+        if isinstance(self.parts, tuple):
+            if length != sum(self.parts):
+                raise ValueError(f"axis {self.dim} of {tuple(tensor.shape)} does not split into {self.parts}")
+            return [t.contiguous() for t in tensor.split(self.parts, self.dim)]
+        if length % self.parts:
             raise ValueError(f"axis {self.dim} of {tuple(tensor.shape)} does not split into {self.parts} equal parts")
         return [t.contiguous() for t in tensor.chunk(self.parts, self.dim)]
 
@@ -95,6 +103,23 @@ class Transpose:
         return [tensors[0].transpose(self.first, self.second).contiguous()]
 
     to_theirs = to_ours
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Ops one after the other, on the way to ours; backwards on the way to theirs."""
+
+    ops: tuple[Op, ...]
+
+    def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
+        for op in self.ops:
+            tensors = op.to_ours(tensors)
+        return tensors
+
+    def to_theirs(self, tensors: list[Tensor]) -> list[Tensor]:
+        for op in reversed(self.ops):
+            tensors = op.to_theirs(tensors)
+        return tensors
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,13 @@ from polymodal.data.worlds.raster import fit, render_files
 
 EMOJI: Final = "noto"
 OUTLINES: Final = "symbola"
+# Fonts that draw emoji in black, each by other hands: the package and the files, later ones for what earlier ones lack.
+BLACK_FONTS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    OUTLINES: ("fonts-symbola", ("Symbola_hint.ttf",)),
+    "unifont": ("fonts-unifont", ("unifont.otf", "unifont_upper.otf")),
+    "dejavu": ("fonts-dejavu-core", ("DejaVuSans.ttf",)),
+    "freeserif": ("fonts-freefont-ttf", ("FreeSerif.ttf",)),
+}
 CLIP_ART: Final = "openclipart"
 # Theme -> the folder below /usr/share/icons. mate and adwaita are left out: they redraw or copy gnome's pictures.
 ICON_THEMES: Final[Mapping[str, str]] = {
@@ -46,7 +53,7 @@ ICON_THEMES: Final[Mapping[str, str]] = {
 }
 PACKAGES: Final[Mapping[str, tuple[str, ...]]] = {
     EMOJI: ("fonts-noto-color-emoji", "unicode-cldr-core"),
-    OUTLINES: ("fonts-symbola", "fonts-noto-color-emoji", "unicode-cldr-core"),
+    **{font: (package, "fonts-noto-color-emoji", "unicode-cldr-core") for font, (package, _) in BLACK_FONTS.items()},
     **{theme: (f"{theme}-icon-theme", "libcairo2") for theme in ICON_THEMES},
     CLIP_ART: ("openclipart-svg", "libcairo2"),
 }
@@ -59,6 +66,9 @@ SPLITS: Final = ("train", "concepts", "artists", "combinations")
 STYLES: Final[Mapping[str, str]] = {
     EMOJI: "colour emoji",
     OUTLINES: "black outline",
+    "unifont": "pixel drawing",
+    "dejavu": "black symbol",
+    "freeserif": "black symbol",
     CLIP_ART: "clip art",
     **{theme: f"{theme} icon" for theme in ICON_THEMES},
 }
@@ -204,7 +214,7 @@ _Rendered = tuple[_Entry, UInt8[np.ndarray, "size size 4"] | None, str]
 
 
 def _font_file(package: str, name: str) -> Path:
-    found = [path for path in sources.files(package, ".ttf") if path.name == name]
+    found = [path for path in sources.files(package, ".ttf", ".otf") if path.name == name]
     if not found:
         raise DataError(f"{package} {sources.version(package)} does not hold {name}")
     return found[0]
@@ -238,12 +248,14 @@ def _draw_noto(size: int) -> Iterator[_Rendered]:
         yield {"sequence": sequence}, fit(image, size), ""
 
 
-def _draw_symbola(size: int) -> Iterator[_Rendered]:
-    # Only what Noto draws too: this artist is there to show known things in an unknown style.
-    font = ImageFont.truetype(_font_file("fonts-symbola", "Symbola_hint.ttf"), 2 * size)
-    absent = bytes(font.getmask("\U0010ffff"))
+def _draw_black(artist: str, size: int) -> Iterator[_Rendered]:
+    package, names = BLACK_FONTS[artist]
+    fonts = [ImageFont.truetype(_font_file(package, name), 2 * size) for name in names]
+    absent = {bytes(font.getmask("\U0010ffff")) for font in fonts} | {b""}
+    # Only what Noto draws too: these artists are there to show the same things in another style.
     for sequence, _ in _noto_glyphs(longest=1):
-        if bytes(font.getmask(sequence)) in (absent, b""):
+        font = next((font for font in fonts if bytes(font.getmask(sequence)) not in absent), None)
+        if font is None:
             continue
         image = Image.new("RGBA", (4 * size, 4 * size))
         ImageDraw.Draw(image).text((size, size), sequence, font=font, fill="black")
@@ -298,8 +310,8 @@ def _draw_openclipart(size: int) -> Iterator[_Rendered]:
 def _draw(artist: str, size: int) -> Iterator[_Rendered]:
     if artist == EMOJI:
         return _draw_noto(size)
-    if artist == OUTLINES:
-        return _draw_symbola(size)
+    if artist in BLACK_FONTS:
+        return _draw_black(artist, size)
     if artist == CLIP_ART:
         return _draw_openclipart(size)
     return _draw_icons(artist, size)
@@ -379,7 +391,7 @@ class Pictograms:
             if artist not in PACKAGES:
                 raise DataError(f"no artist {artist!r}{did_you_mean(artist, ARTISTS)}")
         sources.require(sorted({package for artist in artists for package in PACKAGES[artist]}))
-        emoji = {EMOJI, OUTLINES} & set(artists)
+        emoji = {EMOJI, *BLACK_FONTS} & set(artists)
         cldr = {language: _cldr(language) for language in dict.fromkeys(("en", *languages))} if emoji else {}
         records: list[Pictogram] = []
         rows: list[tuple[int, int]] = []
@@ -485,7 +497,7 @@ def _held_out_concepts() -> tuple[frozenset[str], frozenset[str]]:
 
 def _split_of(record: Pictogram, held: tuple[frozenset[str], frozenset[str]]) -> str:
     codes, names = held
-    if record.artist in (EMOJI, OUTLINES):
+    if record.artist == EMOJI or record.artist in BLACK_FONTS:
         concept_held = not codes.isdisjoint(record.concept.split("-"))
         tagged = False
     else:

@@ -324,13 +324,16 @@ def _plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
 
 
-def _phrase(thing: Thing, rng: np.random.Generator) -> str:
-    """``a small red striped cup``: colour and shape always, size and material now and then."""
-    words = [thing.size] if rng.random() < 0.5 else []
-    words.append(thing.colour)
-    if thing.material != "plain" and rng.random() < 0.6:
-        words.append(thing.material)
-    words.append(thing.shape)
+def _phrase(thing: Thing, rng: np.random.Generator, bare: float) -> str:
+    """``a small red striped cup``: colour and shape always, size and material now and then; ``a cup`` if ``bare``."""
+    if bare and rng.random() < bare:
+        words = [thing.shape]
+    else:
+        words = [thing.size] if rng.random() < 0.5 else []
+        words.append(thing.colour)
+        if thing.material != "plain" and rng.random() < 0.6:
+            words.append(thing.material)
+        words.append(thing.shape)
     return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
 
@@ -350,8 +353,12 @@ def _count(scene: Scene, rng: np.random.Generator) -> str:
     return f"{_NUMBERS[number]} {noun[number > 1]}"
 
 
-def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """One true caption: all objects (up to three), a relation between two, one object, or a count."""
+def describe(scene: Scene, rng: np.random.Generator, *, bare: float = 0.0) -> str:
+    """One true caption: all objects (up to three), a relation between two, one object, or a count.
+
+    ``bare`` is the share of objects of which the shape alone is named. Where captions name colour, size and pattern,
+    few pictures of a batch are left for the shape to tell apart, and it is not learned.
+    """
     things = scene.things
     form = rng.random()
     if form < 0.15:
@@ -366,8 +373,9 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
         ]
         if clear:
             fact = clear[rng.integers(len(clear))]
-            return f"{_phrase(things[fact.subject], rng)} {fact.relation} {_phrase(things[fact.object], rng)}"
+            subject, other = (_phrase(things[i], rng, bare) for i in (fact.subject, fact.object))
+            return f"{subject} {fact.relation} {other}"
     if len(things) <= 3:
-        phrases = [_phrase(things[i], rng) for i in rng.permutation(len(things))]
+        phrases = [_phrase(things[i], rng, bare) for i in rng.permutation(len(things))]
         return ", ".join(phrases[:-1]) + (" and " if len(phrases) > 1 else "") + phrases[-1]
-    return f"there is {_phrase(things[rng.integers(len(things))], rng)}"
+    return f"there is {_phrase(things[rng.integers(len(things))], rng, bare)}"

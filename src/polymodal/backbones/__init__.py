@@ -1,0 +1,1 @@
+"""Transformers that reason over tokens of every modality."""

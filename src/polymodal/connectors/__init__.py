@@ -1,0 +1,1 @@
+"""From the features of a tower to the tokens of a backbone."""

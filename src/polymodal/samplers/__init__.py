@@ -1,0 +1,1 @@
+"""Loops that turn scores into answers."""

@@ -1,0 +1,1 @@
+"""Answering many at once."""
