@@ -94,7 +94,7 @@ def command(path: Path, model: str, runs: int = 5) -> dict[str, float]:
     fill(path, loaded.embedding_dim, model=model, fingerprint=loaded.fingerprint)
     seconds = []
     for _ in range(runs + 1):
-        line = [sys.executable, "-m", "polymodal.cli", "search", "a red fruit", "--index", str(path), "--json"]
+        line = [sys.executable, "-m", "polymodal", "search", "a red fruit", "--index", str(path), "--json"]
         started = time.perf_counter()
         done = subprocess.run(line, capture_output=True, check=True, env={**os.environ, "POLYMODAL_INDEX": ""})
         seconds.append(time.perf_counter() - started)

@@ -14,6 +14,7 @@ from polymodal.backbones.decoder import AttentionConfig, DecoderConfig, Gated, L
 from polymodal.backbones.encdec import EncDecConfig, RelativeBias, StackConfig, Unbiased
 from polymodal.backbones.families import ControlIds
 from polymodal.connectors.gated import GatedConfig
+from polymodal.connectors.grid import PixelShuffle
 from polymodal.connectors.mlp import MLP, Linear
 from polymodal.connectors.qformer import QFormerConfig, TextTables
 from polymodal.connectors.resampler import ResamplerConfig
@@ -33,6 +34,8 @@ from polymodal.systems.bert import BERTConfig
 from polymodal.systems.blip2 import BLIP2Config
 from polymodal.systems.blip2_qformer import BLIP2QFormerConfig
 from polymodal.systems.clip import CLIPConfig
+from polymodal.systems.composed import ComposedConfig
+from polymodal.systems.composed_crossed import ComposedCrossedConfig
 from polymodal.systems.dinov2 import DINOv2Config
 from polymodal.systems.flamingo import FlamingoConfig
 from polymodal.systems.idefics import IdeficsConfig
@@ -41,6 +44,7 @@ from polymodal.systems.llava import LlavaConfig
 from polymodal.systems.llava_next import LlavaNextConfig
 from polymodal.systems.mae import MAEConfig
 from polymodal.systems.paligemma import PaliGemmaConfig
+from polymodal.systems.prismatic import PrismaticConfig
 from polymodal.systems.qwen2_5_vl import Qwen2_5VLConfig
 from polymodal.systems.qwen2_vl import Qwen2VLConfig
 from polymodal.systems.siglip import SigLIPConfig
@@ -113,6 +117,17 @@ NANO |= {
         ),
     ),
 }
+NANO["prismatic"] = PrismaticConfig(
+    vision_id="dinosiglip-vit-so-224px",
+    towers=(
+        ViTConfig(**TOWER, num_registers=4, class_position=False, layer_scale=1e-5),
+        ViTConfig(**TOWER, class_token=False),
+    ),
+    language_id="llama2-7b-pure",
+    family="llama",
+    backbone=DECODER,
+    control=PATCHES["control"],
+)
 
 _T5 = StackConfig(num_layers=2, num_heads=4, head_dim=8, mlp=Unbiased(hidden_dim=64), scale=1.0)
 _BART = StackConfig(num_layers=2, num_heads=4, head_dim=8, mlp=Plain(hidden_dim=64), bias=True)
@@ -213,6 +228,25 @@ NANO |= {
         new_tokens=2,
         image_id=39,
         every=2,
+        control=PATCHES["control"],
+    ),
+}
+NANO |= {
+    "composed": ComposedConfig(
+        vision=ViTConfig(**TOWER, num_registers=2),
+        connector=PixelShuffle(),
+        backbone=replace(DECODER, vocab_size=39),
+        image_id=39,
+        layers=1,
+        control=PATCHES["control"],
+    ),
+    "composed_crossed": ComposedCrossedConfig(
+        vision=PATCHES["vision"],
+        resampler=None,
+        gated=GatedConfig(num_heads=2, head_dim=8, hidden_dim=256),
+        backbone=replace(DECODER, vocab_size=39, std=0.3),
+        new_tokens=1,
+        image_id=39,
         control=PATCHES["control"],
     ),
 }

@@ -27,8 +27,7 @@ library_name: polymodal
 
 {about}
 
-It knows emoji, icons and simple shapes by their names and keywords in seven languages (en de fr es it pt nl); it does
-not know photographs. Where a bar stands and is not reached, it was missed.
+Where a bar stands and is not reached, it was missed.
 
 | question on held-out data | reached | bar | chance |
 |---|---|---|---|
@@ -60,7 +59,7 @@ def main() -> None:
     result = read_json(arguments.run / "result.json")
     card = CARD.format(
         name=arguments.name,
-        about=(ast.get_docstring(ast.parse(Path(arguments.recipe).read_text())) or "").partition("\n")[0],
+        about=(ast.get_docstring(ast.parse(Path(arguments.recipe).read_text())) or "").partition("\n\ncommand")[0],
         rows="\n".join(rows),
         minutes=result["seconds"] / 60,
         cpu_minutes=result["cpu_seconds"] / 60,

@@ -1,5 +1,8 @@
 """The shipped polymodal/nano-clip: CLIP of 3.75 million parameters on pictures that people drew for other purposes.
 
+It knows emoji, icons and simple shapes by their names and keywords in seven languages (en de fr es it pt nl); it does
+not know photographs.
+
 command   polymodal train recipes/nano/clip.py --out runs/nano-clip
 machine   2 CPU cores with AVX512-BF16
 time      an hour and a half
@@ -17,9 +20,9 @@ from polymodal.encoders.vit import ViTConfig
 from polymodal.modalities.image import CLIP_MEAN, CLIP_STD, Exact, ImageProcessor
 from polymodal.systems.clip import CLIP, CLIPConfig
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
-from recipes.nano.pictures import CONTEXT, SIZE, Captions, Forms, Questions, tokenizer
+from recipes.nano.pictures import CONTEXT, SIZE, Captions, Forms, Questions, Shapes, tokenizer
 
-STEPS = (2000, 1300)
+STEPS = (2000, 1300, 1700)
 
 
 def config(vocab_size: int) -> CLIPConfig:
@@ -54,11 +57,15 @@ def forms() -> Forms:
     return Forms(images=IMAGES, tokenizer=tokenizer())
 
 
+def lone() -> Shapes:
+    return Shapes(images=IMAGES, tokenizer=tokenizer())
+
+
 def evaluate(clip: nn.Module) -> dict[str, float]:
     return Questions(clip).ask()
 
 
-def run(steps: tuple[int, int] = STEPS, batch_size: int = 256) -> Run:
+def run(steps: tuple[int, int, int] = STEPS, batch_size: int = 256) -> Run:
     stage = partial(
         Stage, batch_size=batch_size, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, precision="bf16", workers=1
     )
@@ -77,6 +84,10 @@ def run(steps: tuple[int, int] = STEPS, batch_size: int = 256) -> Run:
             stage(
                 name="form", steps=steps[1], source=forms, lr=7e-4, ema=0.995,
                 schedule=Cosine(warmup=min(50, steps[1] // 10)),
+            ),
+            stage(
+                name="shape", steps=steps[2], source=lone, lr=7e-4, ema=0.995,
+                schedule=Cosine(warmup=min(50, steps[2] // 10)),
             ),
         ],
         evaluate=evaluate,

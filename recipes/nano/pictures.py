@@ -32,6 +32,7 @@ SCENES = 6000  # new scenes of shapes an epoch
 # The same emoji in black, by other hands than the held-out artist's: in `Forms` alone.
 BLACK = {"unifont": 2, "dejavu": 3, "freeserif": 2}
 BARE = 0.3  # of the objects in the captions of `Forms`: their shape alone is named
+LONE = 0.4  # of the batches of `Shapes`: lone objects only
 
 
 @lru_cache(maxsize=1)
@@ -95,9 +96,14 @@ class Captions:
         """Pictures of `SIZE` pixels and the ids of their captions."""
         index = np.asarray(indices)
         drawn = self._rows[index[index < len(self._rows)]]
+        return self._composed(drawn, [self.scene(rng) for _ in range(len(index) - len(drawn))], rng)
+
+    def _composed(
+        self, drawn: np.ndarray, scenes: list[tuple[shapes.Scene, str]], rng: np.random.Generator
+    ) -> tuple[UInt8[Tensor, "batch 3 size size"], Int[Tensor, "batch tokens"]]:
+        """Drawings on new backgrounds, then scenes as they are."""
         pixels = [pictograms.compose(self.drawings(drawn, rng), rng, SIZE)] if len(drawn) else []
         texts = [pictograms.caption(world().records[i], rng) for i in drawn]
-        scenes = [self.scene(rng) for _ in range(len(index) - len(drawn))]
         if scenes:
             rendered = np.stack([shapes.render(scene, SIZE) for scene, _ in scenes])
             pixels.append(torch.from_numpy(rendered).permute(0, 3, 1, 2))
@@ -134,6 +140,22 @@ class Forms(Captions):
         objects = 1 if kind < 0.85 else int(rng.integers(2, 4))
         scene = close_up(rng) if kind < 0.5 else shapes.scene(rng, objects=objects)
         return scene, shapes.describe(scene, rng, bare=BARE)
+
+
+@dataclass(frozen=True)
+class Shapes(Forms):
+    """The same, where some batches are of lone objects only: then nothing but colour, size and shape tells them apart.
+
+    In a mixed batch few pictures are left that a shape has to tell from the right one, and it is hardly learned.
+    """
+
+    def raw(
+        self, indices: Sequence[int], rng: np.random.Generator
+    ) -> tuple[UInt8[Tensor, "batch 3 size size"], Int[Tensor, "batch tokens"]]:
+        if rng.random() > LONE:
+            return super().raw(indices, rng)
+        scenes = [close_up(rng) if rng.random() < 0.4 else shapes.scene(rng, objects=1) for _ in indices]
+        return self._composed(np.array([], int), [(s, shapes.describe(s, rng, bare=BARE)) for s in scenes], rng)
 
 
 class Questions:

@@ -14,17 +14,20 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from polymodal.api import build, load
-    from polymodal.ask import ask, stream
+    from polymodal.asking import ask, stream
+    from polymodal.composition import compose
     from polymodal.core.chat import Chat
     from polymodal.core.errors import PolymodalError
     from polymodal.core.sample import Image, Sample, Text, Video
 
-# Where each public name lives: importing polymodal imports no torch.
+# Where each public name lives: importing polymodal imports no torch. No module is called as a function here is: once
+# it is imported, it would hide the function.
 _LAZY = {
     "load": "polymodal.api",
     "build": "polymodal.api",
-    "ask": "polymodal.ask",
-    "stream": "polymodal.ask",
+    "ask": "polymodal.asking",
+    "stream": "polymodal.asking",
+    "compose": "polymodal.composition",
     "Chat": "polymodal.core.chat",
     "PolymodalError": "polymodal.core.errors",
     "Image": "polymodal.core.sample",
@@ -43,6 +46,7 @@ __all__ = [
     "__version__",
     "ask",
     "build",
+    "compose",
     "load",
     "stream",
 ]

@@ -32,7 +32,6 @@ from polymodal.core.verbs import Generates, Trains
 from polymodal.heads.lm import IGNORE
 from polymodal.machine import Machine
 from polymodal.modalities.image import MAX_PIXELS
-from polymodal.modalities.smart_resize import SmartResize
 from polymodal.nn.dryrun import DryRun, Held, Work
 from polymodal.nn.precision import cast
 from polymodal.systems import TABLE
@@ -509,7 +508,7 @@ def _media(model: Any, given: Input) -> list[Any]:
     if not given.frames:
         return pictures
     width, height = sizes[0] if sizes else PICTURE
-    if isinstance(model, System) and isinstance(model.images, SmartResize):
+    if isinstance(model, Generator) and model.clip_id is not None:
         blank = np.broadcast_to(np.zeros((1, 1, 1, 3), dtype=np.uint8), (given.frames, height, width, 3))
         return [Video(blank, fps=given.fps)]
     return [PILImage.new("RGB", (width, height))] * given.frames

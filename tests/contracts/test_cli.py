@@ -28,8 +28,22 @@ from polymodal.systems.clip import CLIP, CLIPConfig
 from polymodal.tokenizers.text import TextTokenizer
 from polymodal.weights.hub import shipped
 
-COMMANDS = ["index", "search", "classify", "embed", "train", "ls", "verify", "demo", "ask", "caption", "chat", "plan"]
-POLYMODAL = [sys.executable, "-m", "polymodal.cli"]
+COMMANDS = [
+    "index",
+    "search",
+    "classify",
+    "embed",
+    "train",
+    "ls",
+    "verify",
+    "demo",
+    "ask",
+    "caption",
+    "chat",
+    "evaluate",
+    "plan",
+]
+POLYMODAL = [sys.executable, "-m", "polymodal"]
 
 
 @pytest.fixture(scope="session")
@@ -360,7 +374,7 @@ def test_what_the_system_refuses_is_one_message(run: Run, model: str, place: Pat
 
 
 def test_a_bug_is_not_dressed_up_as_the_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polymodal.cli._ls", lambda arguments: 1 // 0)
+    monkeypatch.setattr("polymodal.cli.models._ls", lambda arguments: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         main(["ls"])
 

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from polymodal.core.batch import Batch
 from polymodal.systems.base import System
+
+CLAIM = "parity: outputs, loss, first gradients, greedy text, files both ways (transformers)"
+
+
+def cases(systems: Mapping[str, str]) -> list[Any]:
+    """Parameters of a fixture, name -> system: every test that takes the fixture proves `CLAIM` of that system."""
+    return [pytest.param(name, marks=pytest.mark.proves(system, CLAIM), id=name) for name, system in systems.items()]
 
 
 def randomise(model: nn.Module, std: float = 0.05, seed: int = 0) -> None:
@@ -87,6 +97,58 @@ def compare_gradients(system: System, theirs: dict[str, Tensor], tolerance: floa
             _close(
                 f"gradient of {name}", torch.zeros_like(expected) if gradient is None else gradient, expected, tolerance
             )
+
+
+def assert_learns_alike(
+    model: System, batch: Batch, reference: Any, logits: Tensor, loss: Tensor, folder: Path, *, padded: bool = True
+) -> None:
+    """Scores where tokens are valid, loss and first gradients are those that the reference gave for the same batch."""
+    ours, expected = model(batch), logits
+    if padded:
+        ours, expected = ours[batch["valid"]], expected[batch["valid"]]
+    _close("output", ours, expected, 1e-5)
+    mine = model.loss(batch).mean
+    _close("loss", mine, loss, 1e-5)
+    mine.backward()
+    loss.backward()
+    compare_gradients(model, file_gradients(reference, folder))
+
+
+def alone(batch: Batch, row: int) -> Batch:
+    """One row of ragged prompts: without padding, and without media where it has none."""
+    part = batch.rows(row, row + 1)
+    length = int(part["valid"].sum())
+    part |= {name: part[name][:, :length] for name in ("ids", "valid")}
+    ragged = [name for name in part if f"{name}_row" in part]
+    empty = [n for name in ragged for n in (name, f"{name}_row") if not len(part[f"{name}_row"])]
+    return Batch({name: tensor for name, tensor in part.items() if name not in empty})
+
+
+def assert_greedy_text(
+    model: Any, reference: Any, batch: Batch, inputs: Callable[[Batch], dict[str, Any]], steps: int = 8
+) -> None:
+    """Ragged prompts in one cache, against the reference's greedy text of each alone; ``inputs`` are its keywords."""
+    batch = Batch({name: tensor for name, tensor in batch.items() if name != "labels"})
+    memory = model.new_memory(len(batch["ids"]), 200)
+    scores, got = model.prefill(batch, memory), []
+    for _ in range(steps):
+        got.append(scores.argmax(1))
+        scores = model.step(got[-1], memory)
+    for row, ours in enumerate(torch.stack(got, 1).tolist()):
+        made = reference.generate(
+            **inputs(alone(batch, row)), max_new_tokens=steps, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert ours == made[0, -steps:].tolist()
+
+
+def assert_same_files(model: System, reference: Any, folder: Path, again: Path) -> Any:
+    """What we write is the file that the reference wrote; gives the reference's model as it reads ours."""
+    model.save(again)
+    before, after = load_file(folder / "model.safetensors"), load_file(again / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert model.formats["hf"].read(json.loads((again / "config.json").read_text()))[0] == model.config
+    return type(reference).from_pretrained(again, attn_implementation="eager").eval()
 
 
 def _close(what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:

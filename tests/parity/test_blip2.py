@@ -21,7 +21,17 @@ from polymodal.modalities.image import ImageProcessor
 from polymodal.systems import blip2, blip2_qformer
 from polymodal.systems.blip2 import BLIP2
 from polymodal.systems.blip2_qformer import BLIP2QFormer
-from tests.parity.harness import compare_gradients, file_gradients, random_batch, save_reference, transformers_class
+from tests.parity.harness import (
+    assert_greedy_text,
+    assert_learns_alike,
+    assert_same_files,
+    cases,
+    compare_gradients,
+    file_gradients,
+    random_batch,
+    save_reference,
+    transformers_class,
+)
 
 VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
@@ -51,7 +61,7 @@ def config(text: dict[str, Any], **qformer: Any) -> Any:
     )  # fmt: skip
 
 
-@pytest.fixture(params=CASES, scope="module")
+@pytest.fixture(params=cases(dict.fromkeys(CASES, "blip2")), scope="module")
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[BLIP2, Any, Path]:
     folder = tmp_path_factory.mktemp("reference")
     torch.manual_seed(0)
@@ -96,59 +106,25 @@ def test_outputs_loss_and_gradients(pair: tuple[BLIP2, Any, Path], tmp_path: Pat
     reference.zero_grad()
     batch = batch_of(model)
     result = reference(**theirs(batch))
-    ours, expected = model(batch), result.logits
-    if model.seq2seq is None:
-        ours, expected = ours[batch["valid"]], expected[batch["valid"]]
-    close(ours, expected)
-    loss = model.loss(batch).mean
-    close(loss, result.loss)
-    loss.backward()
-    result.loss.backward()
-    compare_gradients(model, file_gradients(reference, tmp_path))
+    padded = model.seq2seq is None
+    assert_learns_alike(model, batch, reference, result.logits, result.loss, tmp_path, padded=padded)
 
 
 @pytest.mark.parametrize("seed", range(7))
 def test_greedy_text(pair: tuple[BLIP2, Any, Path], seed: int) -> None:
-    """Three ragged prompts at a time, against the reference's greedy text of each alone."""
     model, reference, _ = pair
-    batch = batch_of(model, seed=seed)
-    del batch["labels"]
-    memory = model.new_memory(3, 40)
-    scores, got = model.prefill(batch, memory), []
-    for _ in range(8):
-        got.append(scores.argmax(1))
-        scores = model.step(got[-1], memory)
-    ours = torch.stack(got, 1)
-    for row in range(3):
-        part = batch.rows(row, row + 1)
-        length = int(part["valid"].sum())
-        inputs = theirs(part) | {
-            "input_ids": part["ids"][:, :length],
-            "attention_mask": part["valid"][:, :length].long(),
-        }
-        made = reference.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert ours[row].tolist() == made[0, -8:].tolist()
-
-
-def same_files(cls: Any, reference: Any, folder: Path, again: Path) -> Any:
-    """Reads a folder and writes it again; gives what the reference reads of that."""
-    system(cls, folder).save(again)
-    before, after = load_file(folder / "model.safetensors"), load_file(again / "model.safetensors")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    raw = json.loads((again / "config.json").read_text())
-    assert cls.formats["hf"].read(raw)[0] == system(cls, folder).config
-    return type(reference).from_pretrained(again, attn_implementation="eager").eval()
+    assert_greedy_text(model, reference, batch_of(model, seed=seed), theirs)
 
 
 def test_round_trip(pair: tuple[BLIP2, Any, Path], tmp_path: Path) -> None:
     model, reference, folder = pair
-    again = same_files(BLIP2, reference, folder, tmp_path)
+    again = assert_same_files(model, reference, folder, tmp_path)
     inputs = theirs(batch_of(model))
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, reference(**inputs).logits)
 
 
+@pytest.mark.proves("blip2", "parity: pixels, at odd sizes (transformers)")
 @pytest.mark.parametrize("size", [(28, 28), (29, 28), (1, 1), (3, 300), (640, 477)], ids=str)
 def test_pixels(size: tuple[int, int]) -> None:
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -187,6 +163,8 @@ def test_published_config() -> None:
     assert read.control.stop == (50118,), "an answer ends in a new line"
 
 
+@pytest.mark.proves("blip2", "published facts: the sizes of the paper")
+@pytest.mark.proves("blip2_qformer", "published facts: the sizes of the paper")
 def test_sizes_are_those_of_the_paper() -> None:
     """Table 2: 107 M parameters learn in the second stage; section 3.1: 188 M in the first."""
     with torch.device("meta"):
@@ -216,6 +194,7 @@ def pairs_of(model: BLIP2QFormer, rows: int = 3) -> Batch:
     return Batch(batch | {"valid": torch.arange(9) < lengths[:, None]})
 
 
+@pytest.mark.proves("blip2_qformer", "parity: contrast and matching, first gradients (transformers)")
 def test_contrast_and_matching(retrieval: tuple[BLIP2QFormer, Any, Path], tmp_path: Path) -> None:
     """The cosines of all pairs, the scores of each, and the gradients of both together."""
     model, reference, _ = retrieval
@@ -233,9 +212,10 @@ def test_contrast_and_matching(retrieval: tuple[BLIP2QFormer, Any, Path], tmp_pa
     compare_gradients(model, file_gradients(reference, tmp_path))
 
 
+@pytest.mark.proves("blip2_qformer", "parity: files both ways (transformers)")
 def test_retrieval_round_trip(retrieval: tuple[BLIP2QFormer, Any, Path], tmp_path: Path) -> None:
     model, reference, folder = retrieval
-    again = same_files(BLIP2QFormer, reference, folder, tmp_path)
+    again = assert_same_files(model, reference, folder, tmp_path)
     batch = pairs_of(model)
     inputs = theirs(batch) | {"attention_mask": batch["valid"].long()}
     with torch.no_grad():
@@ -319,6 +299,7 @@ def recomputed_caption_loss(file: dict[str, Tensor], image: Tensor, ids: Tensor,
     return -(wanted * chances).sum(), length - 1
 
 
+@pytest.mark.proves("blip2_qformer", "published facts: the loss of captions, computed again")
 def test_captions_are_what_is_published(retrieval: tuple[BLIP2QFormer, Any, Path], tmp_path: Path) -> None:
     """transformers has no captions in the first stage; the weights are read from our own file."""
     torch.manual_seed(0)

@@ -20,7 +20,14 @@ from polymodal.modalities.tiles import TileProcessor
 from polymodal.systems.generator import Generator
 from polymodal.systems.llava_next import LlavaNext
 from polymodal.systems.paligemma import PaliGemma
-from tests.parity.harness import compare_gradients, file_gradients, save_reference, transformers_class
+from tests.parity.harness import (
+    assert_greedy_text,
+    assert_learns_alike,
+    assert_same_files,
+    cases,
+    save_reference,
+    transformers_class,
+)
 
 TEXT = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -33,6 +40,7 @@ TOWER = {
 CLIP = TOWER | {"model_type": "clip_vision_model", "projection_dim": 16}
 SIGLIP = TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False}
 IMAGE = 85
+SYSTEMS = {"Llava": "llava", "LlavaNext": "llava_next", "PaliGemma": "paligemma"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llava": ("Llava", {"vision_config": CLIP, "text_config": TEXT | {"model_type": "llama"}}),
     "llava, class token, last layer, siglip, qwen": (
@@ -64,7 +72,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=CASES, scope="module")
+@pytest.fixture(params=cases({case: SYSTEMS[name] for case, (name, _) in CASES.items()}), scope="module")
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Generator, Any, Path]:
     name, values = CASES[request.param]
     folder = tmp_path_factory.mktemp("reference")
@@ -116,8 +124,9 @@ def theirs(batch: Batch) -> dict[str, Any]:
 
 
 def types(model: Generator, batch: Batch) -> dict[str, Any]:
-    """PaliGemma wants to be told where the answer begins."""
-    answer = (batch["labels"] != -100).cumsum(1).clamp(max=1)
+    """PaliGemma wants to be told where the answer begins; a prompt has none."""
+    labels = batch.get("labels", torch.full_like(batch["ids"], -100))
+    answer = (labels != -100).cumsum(1).clamp(max=1)
     return {"token_type_ids": answer} if isinstance(model, PaliGemma) else {}
 
 
@@ -128,13 +137,7 @@ def test_outputs_loss_and_gradients(pair: tuple[Generator, Any, Path], tmp_path:
     reference.zero_grad()
     model.train(False)
     result = reference(**theirs(batch), **types(model, batch), labels=batch["labels"])
-    valid = batch["valid"]
-    torch.testing.assert_close(model(batch)[valid], result.logits[valid], rtol=1e-5, atol=1e-5)
-    loss = model.loss(batch).mean
-    torch.testing.assert_close(loss, result.loss, rtol=1e-5, atol=1e-5)
-    loss.backward()
-    result.loss.backward()
-    compare_gradients(model, file_gradients(reference, tmp_path))
+    assert_learns_alike(model, batch, reference, result.logits, result.loss, tmp_path)
 
 
 def test_rows_of_a_batch_keep_their_pictures(pair: tuple[Generator, Any, Path]) -> None:
@@ -150,41 +153,18 @@ def test_rows_of_a_batch_keep_their_pictures(pair: tuple[Generator, Any, Path]) 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_greedy_text(pair: tuple[Generator, Any, Path], seed: int) -> None:
-    """Four ragged prompts at a time, against the reference's greedy text of each alone."""
     model, reference, _ = pair
     batch = batch_of(model, [1, 1, 2], seed)
-    del batch["labels"]
-    memory = model.new_memory(3, 200)
-    scores, got = model.prefill(batch, memory), []
-    for _ in range(8):
-        got.append(scores.argmax(1))
-        scores = model.step(got[-1], memory)
-    ours = torch.stack(got, 1)
-    for row in range(3):
-        part = batch.rows(row, row + 1)
-        length = int(part["valid"].sum())
-        inputs = theirs(part) | {
-            "input_ids": part["ids"][:, :length],
-            "attention_mask": part["valid"][:, :length].long(),
-        }
-        if isinstance(model, PaliGemma):
-            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-        made = reference.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert ours[row].tolist() == made[0, length:].tolist()
+    assert_greedy_text(model, reference, batch, lambda part: theirs(part) | types(model, part))
 
 
 def test_round_trip(pair: tuple[Generator, Any, Path], tmp_path: Path) -> None:
     model, reference, folder = pair
-    model.save(tmp_path)
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    again = type(reference).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    again = assert_same_files(model, reference, folder, tmp_path)
     batch = batch_of(model, [1, 1])
     with torch.no_grad():
         more = types(model, batch)
         assert torch.equal(again(**theirs(batch), **more).logits, reference(**theirs(batch), **more).logits)
-    assert type(model).formats["hf"].read(json.loads((tmp_path / "config.json").read_text()))[0] == model.config
 
 
 def test_files_of_transformers_4(pair: tuple[Generator, Any, Path], tmp_path: Path) -> None:
@@ -203,6 +183,7 @@ def test_files_of_transformers_4(pair: tuple[Generator, Any, Path], tmp_path: Pa
 SIZES = [(28, 28), (29, 28), (1, 1), (3, 300), (300, 3), (57, 56), (56, 57), (640, 480), (333, 77), (84, 28), (85, 29)]
 
 
+@pytest.mark.proves("llava_next", "parity: tiles and their tokens, at odd sizes (transformers)")
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_tiles_equal_the_reference(size: tuple[int, int]) -> None:
     """Pixels bit for bit, and the number of tokens that they become."""

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from polymodal.backbones.mrope import mrope_positions
@@ -28,10 +28,19 @@ from polymodal.systems.qwen2_5_vl import Qwen2_5VL
 from polymodal.systems.qwen2_vl import Qwen2VL
 from polymodal.tokenizers.chat import ChatTemplate
 from polymodal.tokenizers.language import LanguageTokenizer
-from tests.parity.harness import assert_parity, compare_gradients, file_gradients, save_reference, transformers_class
+from tests.parity.harness import (
+    assert_greedy_text,
+    assert_learns_alike,
+    assert_parity,
+    assert_same_files,
+    cases,
+    save_reference,
+    transformers_class,
+)
 
 System = Qwen2VL | Qwen2_5VL
 IMAGE, VIDEO = 96, 97
+FULL_SIZE = "weights: total on names and shapes of full-size checkpoints"
 TEXT: dict[str, Any] = {
     "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
@@ -60,7 +69,7 @@ IMAGES = SmartResize(
 )  # fmt: skip
 
 
-@pytest.fixture(params=CASES, scope="module")
+@pytest.fixture(params=cases({"qwen2-vl": "qwen2_vl", "qwen2.5-vl, tied": "qwen2_5_vl"}), scope="module")
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     cls, name, values = CASES[request.param]
     folder = tmp_path_factory.mktemp("reference")
@@ -144,13 +153,7 @@ def test_outputs_loss_and_gradients(pair: Pair, tmp_path: Path) -> None:
     reference.zero_grad()
     model.train(False)
     result = reference(**theirs(model, batch), labels=batch["labels"])
-    valid = batch["valid"]
-    torch.testing.assert_close(model(batch)[valid], result.logits[valid], rtol=1e-5, atol=1e-5)
-    loss = model.loss(batch).mean
-    torch.testing.assert_close(loss, result.loss, rtol=1e-5, atol=1e-5)
-    loss.backward()
-    result.loss.backward()
-    compare_gradients(model, file_gradients(reference, tmp_path))
+    assert_learns_alike(model, batch, reference, result.logits, result.loss, tmp_path)
 
 
 def test_the_declared_reference_agrees_on_the_declared_inputs(pair: Pair, tmp_path: Path) -> None:
@@ -197,26 +200,8 @@ def test_rows_of_a_batch_keep_their_media(pair: Pair) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_greedy_text(pair: Pair, seed: int) -> None:
-    """Four ragged prompts at a time in one cache, against the reference's greedy text of each alone."""
     model, reference, _ = pair
-    batch = batch_of(model, ROWS, seed)
-    del batch["labels"]
-    memory = model.new_memory(4, 200)
-    scores, got = model.prefill(batch, memory), []
-    for _ in range(8):
-        got.append(scores.argmax(1))
-        scores = model.step(got[-1], memory)
-    ours = torch.stack(got, 1)
-    for row in range(4):
-        part = batch.rows(row, row + 1)
-        length = int(part["valid"].sum())
-        part |= {name: part[name][:, :length] for name in ("ids", "valid")}
-        if not ROWS[row]:
-            part = Batch({name: part[name] for name in ("ids", "valid")})
-        made = reference.generate(
-            **theirs(model, Batch(part)), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
-        assert ours[row].tolist() == made[0, length:].tolist()
+    assert_greedy_text(model, reference, batch_of(model, ROWS, seed), lambda part: theirs(model, part))
 
 
 # ---- positions ----
@@ -237,6 +222,8 @@ def mixes(draw: st.DrawFn) -> list[list[tuple[str, int, int, int, float]]]:
     return [[medium() for _ in range(draw(st.integers(0, 3)))] for _ in range(draw(st.integers(1, 3)))]
 
 
+@pytest.mark.proves("qwen2_vl", "parity: positions in time, rows and columns (transformers)")
+@pytest.mark.proves("qwen2_5_vl", "parity: positions in time, rows and columns (transformers)")
 @given(rows=mixes(), data=st.data())
 def test_positions_equal_get_rope_index(
     rows: list[list[tuple[str, int, int, int, float]]], data: st.DataObject
@@ -286,6 +273,8 @@ def reference_positions(name: str) -> Any:
 
 # ---- pixels ----
 
+PIXELS = "parity: sizes and pixels, at odd sizes (transformers)"
+
 
 def reference_images(**values: Any) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -293,6 +282,8 @@ def reference_images(**values: Any) -> Any:
     return Qwen2VLImageProcessorPil(**values)
 
 
+@pytest.mark.proves("qwen2_vl", PIXELS)
+@pytest.mark.proves("qwen2_5_vl", PIXELS)
 @given(width=st.integers(1, 4000), height=st.integers(1, 4000), least=st.integers(1, 200), more=st.integers(0, 3000))
 def test_sizes_equal_the_reference(width: int, height: int, least: int, more: int) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference
@@ -307,6 +298,8 @@ def test_sizes_equal_the_reference(width: int, height: int, least: int, more: in
     assert smart_resize(width, height, **limits) == expected[::-1]
 
 
+@pytest.mark.proves("qwen2_vl", PIXELS)
+@pytest.mark.proves("qwen2_5_vl", PIXELS)
 @pytest.mark.parametrize("size", [(28, 28), (1, 1), (10, 1000), (71, 43), (300, 511), (2000, 1)], ids=str)
 def test_patches_equal_the_reference(size: tuple[int, int]) -> None:
     reference = reference_images(size={"shortest_edge": 56 * 56, "longest_edge": 8 * 8 * 784})
@@ -457,12 +450,7 @@ def test_prompts() -> None:
 
 def test_round_trip(pair: Pair, tmp_path: Path) -> None:
     model, reference, folder = pair
-    model.save(tmp_path)
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
-    # The table of a tied model is in the file once.
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    again = type(reference).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    again = assert_same_files(model, reference, folder, tmp_path)  # the table of a tied model is in the file once
     batch = batch_of(model, ROWS)
     with torch.no_grad():
         inputs = theirs(model, batch)
@@ -545,7 +533,13 @@ def test_configs_of_the_hub(model_type: str) -> None:
     assert module.read_hf(tied | {"text_config": inner | {"tie_word_embeddings": True}})[0].backbone.tied
 
 
-@pytest.mark.parametrize(("model_type", "count"), [("qwen2_vl", 8_291_375_616), ("qwen2_5_vl", 8_292_166_656)])
+@pytest.mark.parametrize(
+    ("model_type", "count"),
+    [
+        pytest.param(name, count, marks=pytest.mark.proves(name, FULL_SIZE))
+        for name, count in (("qwen2_vl", 8_291_375_616), ("qwen2_5_vl", 8_292_166_656))
+    ],
+)
 def test_names_of_full_size(model_type: str, count: int) -> None:
     """Every tensor of the published 7B models is taken and every parameter filled; nothing is allocated."""
     raw, module, _ = HUB[model_type]

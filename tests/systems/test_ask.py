@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,35 +20,19 @@ import torch
 from PIL import Image as PILImage
 
 import polymodal
-from polymodal.ask import answers, ask, seen, stream
-from polymodal.cli import plain
-from polymodal.core.chat import Chat
+from polymodal.asking import answers, ask, request, seen, stream, watched
+from polymodal.cli import main
+from polymodal.cli.show import plain
+from polymodal.core.chat import Chat, ToolCall
 from polymodal.core.errors import MediaError, UnsupportedError
-from polymodal.core.sample import Image
+from polymodal.core.sample import Image, Text, Video
 from polymodal.core.tokens import Modality
+from polymodal.modalities.smart_resize import SmartResize
 from polymodal.nn.feature_cache import FeatureCache
 from polymodal.samplers.autoregressive import Settings
-from polymodal.systems.generator import Generator
-from polymodal.tokenizers.language import LanguageTokenizer
+from polymodal.weights.hub import shipped
 from tests.nano import NANO
-
-WORDS = ["a red cup and a blue plate", "what is it? it is a ring", "how many? two", "yes", "no", "the bar is highest"]
-
-
-def talking(name: str, *, context: int = 400) -> Generator:
-    """A system of this name with a tokenizer of its own; its placeholder is a control token."""
-    tokenizer = LanguageTokenizer.train_bpe(WORDS * 20, 320)
-    place = tokenizer.backend.token_to_id("<|image|>")
-    torch.manual_seed(0)
-    config = NANO[name]
-    backbone = replace(config.backbone, vocab_size=tokenizer.vocab_size, context=context)
-    more = {"image_id": place} if name != "language" else {}
-    model = polymodal.build(replace(config, backbone=backbone, **more))
-    assert isinstance(model, Generator)
-    for parameter in model.parameters():  # fresh weights say the same to everything
-        parameter.data.normal_(std=0.3)
-    model.use_tokenizer(tokenizer)
-    return model.eval()
+from tests.talking import talking
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +81,25 @@ def test_the_same_picture_goes_through_the_tower_once(pictures: list[Path]) -> N
     assert len(model.feature_cache) == 0
 
 
+def test_each_answer_has_the_room_behind_its_own_prompt() -> None:
+    model, settings = talking("language", context=100), Settings(max_new_tokens=60)
+    questions = ["what?", "a red cup and a blue plate " * 5]
+    short, long = (len(model.write_prompt(Chat.of(question))) for question in questions)
+    assert short + 60 < 100 < long + 60
+    assert [rules.max_new_tokens for rules in request(model, questions, settings)[1]] == [60, 100 - long]
+    assert answers(model, questions, settings) == [ask(model, question, settings) for question in questions]
+
+
+def test_other_prompts_are_another_model() -> None:
+    model = talking("language")
+    assert model.template is not None
+    prints = [model.fingerprint]
+    model.template = replace(model.template, source="{{ messages[0].content }}")
+    prints.append(model.fingerprint)
+    model.stop_ids = (*model.stop_ids, 7)
+    assert len({*prints, model.fingerprint}) == 3
+
+
 def test_what_is_saved_answers_the_same(folder: Path, pictures: list[Path]) -> None:
     loaded, question = polymodal.load(folder), [Image(pictures[0]), "what is it?"]
     again = polymodal.load(loaded.save(folder.parent / "again"))
@@ -109,6 +117,28 @@ def test_a_lesson_labels_answers_alone(pictures: list[Path]) -> None:
         assert torch.equal(kept, labels[labels != -100])
         assert model.tokenizer.decode(kept.tolist(), skip_special=False) == "".join(f"{s}<|im_end|>" for s in said)
     assert bool(torch.isfinite(model.loss(batch).total))
+
+
+TOOLS = ({"type": "function", "function": {"name": "weather"}},)
+
+
+def test_a_call_of_a_tool_is_learned_or_refused(pictures: list[Path]) -> None:
+    chat = replace(Chat.of("what?").reply("yes", [ToolCall("weather", {"of": "a cup"})]), tools=TOOLS)
+    model = talking("language")
+    labels = model.lesson([chat])["labels"][0]
+    assert model.tokenizer is not None
+    said = model.tokenizer.decode(labels[labels != -100].tolist(), skip_special=False)
+    assert re.fullmatch(r'yes\s*<tool_call>.*"weather".*"a cup".*</tool_call>\s*<\|im_end\|>', said, re.DOTALL), said
+    assert model.template is not None
+    model.template = replace(model.template, source="{{ messages[-1].content }}<|im_end|>")
+    called = replace(chat, tools=())
+    for each in (called, replace(Chat.of("what?").reply("yes"), tools=TOOLS)):
+        with pytest.raises(MediaError, match="no place for tools"):
+            model.lesson([each])
+    with pytest.raises(MediaError, match="knows no tools"):
+        talking("prismatic").lesson([called])
+    with pytest.raises(MediaError, match="knows no tools"):
+        talking("blip2").prompt([replace(Chat.of([Image(pictures[0]), "what?"]), tools=TOOLS)])
 
 
 def test_what_is_no_lesson_is_refused() -> None:
@@ -202,6 +232,62 @@ def test_the_command_line(folder: Path, pictures: list[Path], tmp_path: Path) ->
     assert "Traceback" not in wrong.stderr
 
 
+def test_a_chat_reads_a_picture_once(
+    folder: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded, settings = polymodal.load(folder, precision="auto"), Settings(max_new_tokens=8)
+    first = Chat.of([Image(pictures[0]), "what is it?"])
+    second = first.reply(ask(loaded, first, settings)).ask("how many?")
+    said = [ask(loaded, chat, settings) for chat in (first, second, Chat.of([Image(pictures[0]), "yes?"]))]
+    system, looked = type(loaded), []
+    features = system.features
+    monkeypatch.setattr(system, "features", lambda self, batch: looked.append(batch) or features(self, batch))
+    wrong = ["/add none.png", "what?", "a red cup " * 200]
+    lines = ["what is it?", *wrong, "how many?", "/new", f"/add {pictures[0]}", "yes?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert main(["chat", str(pictures[0]), "--model", str(folder), "--max-tokens", "8"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "".join(plain(answer, keep="\n") + "\n" for answer in said)
+    assert re.search(r"none\.png(.|\n)*reads at most 400", err), "the conversation goes on after errors"
+    assert len(looked) == 1
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system, steps = type(talking("llava")), []
+    step = system.step
+
+    def interrupted(self: Any, ids: Any, memory: Any) -> Any:
+        steps.append(memory.lengths[0])
+        if len(steps) == 3:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            time.sleep(0.5)  # until the main thread has seen it
+        return step(self, ids, memory)
+
+    monkeypatch.setattr(system, "step", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("what is it?\nhow many?\n"))
+    assert main(["chat", "--model", str(folder), "--max-tokens", "30"]) == 0
+    assert capsys.readouterr().out.count("\n") >= 2
+    assert steps[2] < steps[3], "the second answer stands behind what was said of the first"
+    assert len(steps) < 3 + 30
+
+
+@pytest.mark.skipif("polymodal/nano-vlm" not in shipped(), reason="no model that answers is shipped yet")
+def test_a_picture_and_a_question_are_enough(pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    told = in_process(capsys, "ask", pictures[0], "What is the colour?")
+    assert told["model"] == "polymodal/nano-vlm"
+    assert told["answer"].strip()
+
+
+def test_without_the_shipped_model_the_error_says_so(
+    pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("polymodal.weights.hub.shipped", dict)
+    assert main(["ask", str(pictures[0]), "what?"]) == 1
+    assert "no shipped model is called 'polymodal/nano-vlm'" in capsys.readouterr().err
+
+
 def test_a_schema_holds(folder: Path, pictures: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("llguidance")
     schema = {"type": "object", "properties": {"red": {"type": "boolean"}}, "required": ["red"]}
@@ -209,3 +295,76 @@ def test_a_schema_holds(folder: Path, pictures: list[Path], tmp_path: Path) -> N
     asked = ["ask", pictures[0], "is it red?", "--model", folder, "--schema", tmp_path / "schema.json", "--json"]
     answer = json.loads(run(*asked).stdout)["answer"]
     assert isinstance(json.loads(answer)["red"], bool)
+
+
+def in_process(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
+    """What a command prints as JSON."""
+    assert main([*map(str, arguments), "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def test_boxes_are_drawn_on_the_original(
+    pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llguidance")
+    model = talking("qwen2_5_vl")
+    folder = model.save(tmp_path / "model")
+    said = {"bbox_2d": [4, 8, 20, 24], "label": "cup"}
+    schema = {"properties": {key: {"const": value} for key, value in said.items()}, "required": list(said)}
+    (tmp_path / "schema.json").write_text(json.dumps({"type": "object", "additionalProperties": False} | schema))
+    asked = ["ask", pictures[1], "where is it?", "--model", folder, "--schema", tmp_path / "schema.json"]
+    row = in_process(capsys, *asked, "--draw", tmp_path / "found")
+    assert isinstance(model.images, SmartResize)
+    with PILImage.open(pictures[1]) as picture, PILImage.open(row["drawn"]) as drawn:
+        wide, high = model.images.target(*picture.size)
+        across, down = picture.width / wide, picture.height / high
+        assert drawn.size == picture.size
+    assert row["marks"] == [
+        {"label": "cup", "box": pytest.approx([4 * across, 8 * down, 20 * across, 24 * down], abs=0.01)}
+    ]
+    without = ["ask", pictures[1], "where?", "--model", folder, "--max-tokens", "2", "--draw", tmp_path / "none"]
+    row = in_process(capsys, *without)
+    assert (row["marks"], row["drawn"], (tmp_path / "none").exists()) == ([], None, False)
+    assert main([str(a) for a in ("ask", *pictures, "where?", "--model", folder, "--draw", tmp_path / "two")]) == 1
+    assert "--draw needs one picture, not 2" in capsys.readouterr().err
+
+
+def test_a_clip_is_frames_with_their_times(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (60, 16, 24, 3), dtype=np.uint8)
+    clip, model = Video(frames, fps=2), talking("llava")
+    chat = watched(model, Chat.of([clip, "what is it?"]))
+    texts = [part.text for part in chat.turns[0].parts if isinstance(part, Text)]
+    assert texts == ["0:00: ", "0:04: ", "0:08: ", "0:12: ", "0:17: ", "0:21: ", "0:25: ", "0:29: ", "what is it?"]
+    assert np.array_equal(chat.images[3].source, frames[25])
+    assert ask(model, [clip, "what is it?"], Settings(max_new_tokens=4)) == ask(model, chat, Settings(max_new_tokens=4))
+    reads = talking("qwen2_vl")
+    assert watched(reads, Chat.of([clip, "what?"])).parts("video") == [clip]
+    pytest.importorskip("av")
+    from tests.unit.test_video import encoded
+
+    (tmp_path / "clip.mp4").write_bytes(encoded(list(frames[:20]), fps=2))
+    asked = ["ask", tmp_path / "clip.mp4", "what is it?", "--model", folder, "--max-tokens", "4"]
+    row = in_process(capsys, *asked, "--sampling", "fps:0.5", "--show", tmp_path / "seen")
+    assert [each["file"].rsplit(" at ")[-1] for each in row["seen"]] == ["0:00", "0:02", "0:04", "0:06", "0:08"]
+    for wrong in ("uniform:0", "uniform:1.5", "uniform:inf", "fps:-1", "fps:nan", "often"):
+        with pytest.raises(SystemExit):
+            main([*map(str, asked), "--sampling", wrong])
+        assert "none of uniform:8" in capsys.readouterr().err
+
+
+def test_a_model_of_clips_reads_as_many_frames_as_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av")
+    from tests.unit.test_video import encoded
+
+    folder = talking("qwen2_vl").save(tmp_path / "model")
+    frames = np.random.default_rng(0).integers(0, 256, (20, 56, 56, 3), dtype=np.uint8)
+    (tmp_path / "clip.mp4").write_bytes(encoded(list(frames), fps=2))
+    asked = ["ask", tmp_path / "clip.mp4", "what?", "--model", folder]
+    tokens = []
+    for more in ([], ["--sampling", "uniform:4"]):
+        assert main([*map(str, asked), *more]) == 1
+        tokens.append(int(re.findall(r"a prompt of (\d+) tokens", capsys.readouterr().err)[0]))
+    text = 20
+    assert tokens[0] - text == 5 * (tokens[1] - text), "twenty frames, at two a second, and four"

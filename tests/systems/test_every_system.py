@@ -12,9 +12,9 @@ import polymodal
 from polymodal.core.batch import Batch
 from polymodal.core.errors import UnsupportedError, WeightsError
 from polymodal.core.sample import Sample
-from polymodal.core.verbs import Counts, Embeds, Generates, HasInputs, Trains
+from polymodal.core.verbs import Counts, Embeds, Generates, HasInputs, Trains, verbs_of
 from polymodal.systems import TABLE
-from polymodal.systems.base import Embedder, System
+from polymodal.systems.base import DualEncoder, Embedder, System
 from polymodal.systems.generator import Generator
 from tests.nano import NANO, every_system, nano, nano_batch
 
@@ -28,6 +28,14 @@ def pictures() -> list[PILImage.Image]:
 
 def test_every_system_has_a_nano_config() -> None:
     assert set(NANO) == set(TABLE)
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_verbs_are_those_that_it_has(name: str) -> None:
+    cls = TABLE[name].resolve()
+    verbs = verbs_of(cls)
+    assert ("embed" in verbs, "classify" in verbs) == (issubclass(cls, Embedder), issubclass(cls, DualEncoder))
+    assert ("ask" in verbs) == isinstance(nano(name), Generates)
 
 
 @every_system("building: every weight is initialised, the same from the same seed")

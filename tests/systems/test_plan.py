@@ -19,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import polymodal
 from polymodal.backbones.decoder import AttentionConfig, Gated
 from polymodal.checklist import QUESTIONS, recommend
+from polymodal.connectors.grid import Pooling
+from polymodal.connectors.resampler import ResamplerConfig
 from polymodal.core.batch import Batch
 from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
 from polymodal.core.sample import Image, Sample
@@ -219,6 +221,28 @@ def test_tokens_are_those_of_the_prompt(size: tuple[int, int]) -> None:
 def test_frames_are_pictures_where_there_are_no_clips() -> None:
     plan = price(NANO["llava"], Input(frames=3, text=5, new=4))
     assert plan.tokens["total"] == 3 * NANO["llava"].num_features + 9
+
+
+@pytest.mark.parametrize(
+    "connector",
+    [Pooling(frames=4, steps=2), ResamplerConfig(num_latents=3, num_layers=1, num_heads=2, head_dim=8, num_frames=4)],
+    ids=["pooling", "resampler"],
+)
+def test_a_composition_of_clips_is_priced_as_it_reads_them(connector: Any) -> None:
+    config = replace(NANO["composed"], connector=connector, video_id=40)
+    given = Input(images=((30, 20),), frames=9, text=5, new=4, batch=2)
+    plan, model = price(config, given, train=True), polymodal.build(config).eval()
+    assert isinstance(model, Generator)
+    assert plan.tokens["clip of 9 frames of 30 x 20"] == config.clip_features
+    assert plan.tokens["total"] == config.clip_features + 9
+    batch = prompt(model, given, {})
+    assert len(batch["pixels"]) == 2 * 4, "the frames that are read, not all there are"
+    assert plan.inputs == sum(t.nbytes for t in batch.values())
+    train = counted(lambda: model.loss(lesson(model, given)).mean.backward())
+    model.requires_grad_(False)
+    real = {phase: counted(work) for phase, work in runs(model, given).items()} | {"train": train}
+    for phase, flops in real.items():
+        assert plan.phases[phase].flops == pytest.approx(flops, rel=0.02)
 
 
 @pytest.mark.slow

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from polymodal.core.batch import Batch
 from polymodal.core.distributed import gather_with_grad, rank, ring_shift, world_size
+from polymodal.systems.generator import Generator
 from polymodal.train import Constant, Run, Stage, fit
 from polymodal.train.checkpoint import found
-from polymodal.train.distributed import gradient_norm
+from polymodal.train.distributed import Place, gradient_norm, parallelise, whole
 from polymodal.train.log import read_curve
 from tests.nano import NANO, every_system, nano, nano_batch
 from tests.unit.toy_run import HEADER, Rows, Toy, run
@@ -65,6 +66,17 @@ def loss_of(mine: torch.Tensor, everyone: torch.Tensor, following: torch.Tensor,
     return (mine @ everyone.T * (number + 1)).exp().sum() + (mine * following**2).sum() * (number + 2)
 
 
+SEERS = ("llava_next", "prismatic", "blip2", "flamingo", "qwen2_vl")
+
+
+def unequal(name: str) -> list[Batch]:
+    """What each rank learns from: the first has pictures, the second text alone."""
+    model, batches = nano(name), [nano_batch(nano(name), size=2, seed=seed) for seed in (0, 1)]
+    assert isinstance(model, Generator)
+    text = batches[1]["ids"].masked_fill(model.places(batches[1]["ids"]), 3)
+    return [batches[0], Batch(ids=text, labels=batches[1]["labels"])]
+
+
 def exercise(folder: Path) -> None:
     """What each of the two processes does."""
     import torch.distributed as dist
@@ -85,6 +97,12 @@ def exercise(folder: Path) -> None:
         for value in facts.values():
             dist.all_reduce(value)
         save_file(facts, folder / f"{name}-{here}.safetensors")
+    for name, parallel in itertools.product(SEERS, ("ddp", "fsdp")):
+        side = parallelise(nano(name).train(), parallel, Place(device=torch.device("cpu"), rank=here, world=2))
+        side.loss(unequal(name)[here]).total.backward()
+        side.join(side.model.parameters())
+        gradients = {n: whole(p.grad) for n, p in side.model.named_parameters() if p.grad is not None}
+        save_file(gradients, folder / f"{name}-{parallel}-{here}.safetensors")
     fit(quiet_run(), folder / "ddp", parallel="ddp")
     fit(quiet_run(), folder / "fsdp", parallel="fsdp")
     fit(quiet_run(), folder / "mixed", parallel="fsdp", until_step=13)
@@ -191,6 +209,17 @@ def test_the_loss_over_all_pairs_and_its_gradients_do_not_see_the_ranks(name: st
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-6 * max(1.0, value.abs().max().item()))
+
+
+@pytest.mark.parametrize("name", SEERS)
+def test_a_rank_may_have_no_picture(name: str, two: Path) -> None:
+    """Its tower runs all the same, or the ranks would wait for each other; the gradients are those of one process."""
+    model = nano(name).train()
+    torch.stack([model.loss(batch).total for batch in unequal(name)]).mean().backward()
+    expected = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    for parallel, number in itertools.product(("ddp", "fsdp"), (0, 1)):
+        found = load_file(two / f"{name}-{parallel}-{number}.safetensors")
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_collectives_and_their_gradients(two: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
+from polymodal.core.batch import Batch
 from tests.nano import nano, nano_batch
 
 pytestmark = [
@@ -25,3 +26,10 @@ def test_a_gpu_gives_the_vectors_and_losses_of_the_cpu(name: str) -> None:
     assert model.embed(picture).device.type == "cpu"
     if name in ("vit", "clip", "siglip", "siglip2"):  # the others draw masks from the device's own generator
         torch.testing.assert_close(model.loss(batch.to("cuda")).mean.cpu(), loss.mean, atol=1e-3, rtol=1e-3)
+
+
+def test_a_batch_that_comes_back_is_whole() -> None:
+    x = torch.randn(4096, 4096, device="cuda")
+    for _ in range(8):
+        x = (x @ x).tanh()  # still running when it is asked for
+    assert torch.equal(Batch(x=x).to("cpu")["x"], x.cpu())

@@ -35,6 +35,7 @@ from polymodal.modalities.image import (
     ShortestEdge,
     View,
     decode,
+    decode_still,
     load_processor,
     thumbnail,
 )
@@ -253,6 +254,15 @@ def test_the_first_frame_of_an_animation(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     np.testing.assert_array_equal(pixels(decode(Image(data))), pixels(frames[0]))
+    with pytest.raises(MediaError, match=r"pages.gif: has several frames or pages"):
+        decode_still(Image(data, name="pages.gif"))
+    np.testing.assert_array_equal(pixels(decode_still(Image(encoded(frames[0], kind, **options)))), pixels(frames[0]))
+
+
+def test_a_second_view_of_a_camera_is_no_other_frame() -> None:
+    views = [PILImage.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    data = encoded(views[0], "MPO", save_all=True, append_images=views[1:])
+    np.testing.assert_array_equal(pixels(decode_still(Image(data))), pixels(decode(Image(data))))
 
 
 def test_the_callers_picture_is_left_alone() -> None:

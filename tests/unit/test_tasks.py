@@ -134,15 +134,16 @@ def test_a_model_that_pictures_confuse_does_not_see() -> None:
 
 
 def test_what_each_run_asks() -> None:
-    looker = Looker()
-    evaluate(looker, colours(1), model="looker")
-    true, blind, shuffled = looker.asked[:8], looker.asked[8:9], looker.asked[9:]
-    assert [colour_of(s.images[0]) for s in true] == list(COLOURS)
-    assert blind[0].parts == (Text("Which colour?"),)
-    assert all(s.texts == [Text("Which colour?")] for s in shuffled)
-    drawn = [colour_of(s.images[0]) for s in shuffled]
-    assert sorted(drawn) == sorted(COLOURS)
-    assert all(a != b for a, b in zip(drawn, COLOURS, strict=True))
+    looker, questions = Looker(), [f"Which colour has number {i}?" for i in range(len(COLOURS))]
+    task = world_task("colours", [(picture(c), question, c) for c, question in zip(COLOURS, questions, strict=True)])
+    evaluate(looker, task, model="looker")
+    pictured, blind = looker.asked[:16], looker.asked[16:]
+    assert [sample.parts for sample in blind] == [(Text(question),) for question in questions]
+    assert [colour_of(s.images[0]) for s in pictured] == [c for c in COLOURS for _ in "ts"], "one after the other"
+    true, shuffled = ([sample.texts[0].text for sample in pictured[start::2]] for start in (0, 1))
+    assert true == questions
+    assert sorted(shuffled) == questions
+    assert all(a != b for a, b in zip(true, shuffled, strict=True))
 
 
 def test_questions_about_one_picture_move_together_and_widen_the_interval() -> None:
@@ -261,10 +262,10 @@ def test_media_of_many_kinds() -> None:
     assert card.shuffled is not None
     assert card.shuffled.score.n == 4, "a lone picture and a question without one have no partner"
     assert any("4 of 6 questions" in note for note in card.notes)
-    shuffled = seen[-4:]
-    assert [colour_of(i) for i in shuffled[0].images] == ["blue", "red"]
-    assert [s.videos[0].fps for s in shuffled[2:]] == [2.0, 1.0]
-    assert all(not s.images and not s.videos for s in seen[6:-4])
+    pairs = [[colour_of(i) for i in sample.images] for sample in seen[:4]]
+    assert pairs == [["red", "blue"], ["red", "blue"], ["blue", "red"], ["blue", "red"]], "true, then shuffled"
+    assert [s.videos[0].fps for s in seen[4:8]] == [1.0, 1.0, 2.0, 2.0]
+    assert [len(s.images) for s in seen[8:]] == [1, 0, 0, 0, 0, 0], "the lone picture, and what has none"
 
 
 def test_one_picture_alone() -> None:

@@ -164,7 +164,6 @@ def test_the_last_two_checkpoints_are_kept_without_pickle(tmp_path: Path) -> Non
         (lambda r: replace(r, stages=[replace(STAGE, lr=0.01)]), r"stages\[0\]\.lr: was 0\.02, is 0\.01"),
         (lambda r: replace(r, stages=[replace(STAGE, schedule=Cosine())]), r"schedule\.warmup: was 3, is 0"),
         (lambda r: replace(r, stages=[replace(STAGE, trainable={"a": 1.0})]), r"trainable\.a: was None, is 1\.0"),
-        (lambda r: replace(r, stages=[STAGE, STAGE]), "stages: was"),
     ],
 )
 def test_another_configuration_is_refused(change: Any, message: str, tmp_path: Path) -> None:
@@ -172,6 +171,16 @@ def test_another_configuration_is_refused(change: Any, message: str, tmp_path: P
     with pytest.raises(TrainError, match=message):
         fit(change(PLAIN), tmp_path)
     assert len(learned(tmp_path)) == 2
+
+
+def test_a_stage_can_be_added_at_the_end(tmp_path: Path) -> None:
+    longer = replace(PLAIN, stages=[STAGE, replace(STAGE, name="more", lr=0.01)])
+    fit(longer, tmp_path / "at once")
+    fit(PLAIN, tmp_path / "later")
+    fit(longer, tmp_path / "later")
+    assert learned(tmp_path / "later") == learned(tmp_path / "at once")
+    with pytest.raises(TrainError, match="stages: was"):
+        fit(PLAIN, tmp_path / "later")
 
 
 def test_another_model_or_other_data_are_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polymodal.core.errors import ConfigError, MediaError, MissingDependency
-from polymodal.core.sample import Image, Sample, Video
+from polymodal.core.sample import Image, Sample, Text, Video
 from polymodal.modalities import video as module
 from polymodal.modalities.video import (
     Adaptive,
@@ -30,7 +30,9 @@ from polymodal.modalities.video import (
     Uniform,
     VideoInfo,
     chunks,
+    clock,
     decode,
+    frames_of,
     open_video,
     read,
     spread,
@@ -213,7 +215,23 @@ def test_chunks_hold_no_more_than_their_size() -> None:
     pieces = list(chunks(Video(data), times, size=3))
     assert [len(piece.times) for piece in pieces] == [3, 3, 1]
     assert [number(frame) for piece in pieces for frame in piece.pixels] == list(range(0, 20, 3))
-    assert pieces[1].timestamps == ["0.3 s", "0.4 s", "0.5 s"]
+    assert pieces[1].timestamps == ["0:00.3", "0:00.4", "0:00.5"]
+
+
+def test_times_are_written_as_a_viewer_shows_them() -> None:
+    for seconds, whole, tenths in (
+        (0.0, "0:00", "0:00.0"),
+        (12.97, "0:12", "0:12.9"),
+        (3723.0, "1:02:03", "1:02:03.0"),
+    ):
+        assert (clock(seconds), clock(seconds, tenths=True)) == (whole, tenths)
+    clip = Video(np.stack([numbered(i) for i in range(20)]), fps=10, name="a.mp4")
+    parts = frames_of(clip, Uniform(count=3))
+    assert [part.text for part in parts[::2] if isinstance(part, Text)] == ["0:00.0: ", "0:01.0: ", "0:01.9: "]
+    assert [(part.where, number(part.source)) for part in parts[1::2] if isinstance(part, Image)] == [
+        ("a.mp4 at 0:00.0", 0), ("a.mp4 at 0:01.0", 10), ("a.mp4 at 0:01.9", 19)
+    ]  # fmt: skip
+    assert all(isinstance(part, Image) for part in frames_of(clip, Uniform(count=3), times=False))
 
 
 def test_a_piece_of_a_clip() -> None:

@@ -333,10 +333,45 @@ def test_what_we_write_is_what_was_published(checkpoint: str) -> None:
 
 
 def test_every_system_has_a_published_checkpoint_here() -> None:
-    # Their published configs are flat, or of several parts: tests/parity has them in test_qwen_vl, test_blip2 and
-    # test_flamingo.
-    elsewhere = {"qwen2_vl", "qwen2_5_vl", "blip2", "blip2_qformer", "flamingo", "idefics"}
-    assert {system for system, _, _ in PUBLISHED.values()} | elsewhere == set(TABLE)
+    # Their published configs are flat, or of several parts: tests/parity has them in test_qwen_vl, test_blip2,
+    # test_prismatic and test_flamingo.
+    elsewhere = {"prismatic", "qwen2_vl", "qwen2_5_vl", "blip2", "blip2_qformer", "flamingo", "idefics"}
+    nowhere = {"composed", "composed_crossed"}  # no file of others has them
+    assert {system for system, _, _ in PUBLISHED.values()} | elsewhere | nowhere == set(TABLE)
+
+
+QWEN: dict[str, Any] = {
+    "architectures": ["QWenLMHeadModel"], "attn_dropout_prob": 0.0, "bf16": False, "emb_dropout_prob": 0.0,
+    "fp16": False, "fp32": False, "hidden_size": 4096, "intermediate_size": 22016, "initializer_range": 0.02,
+    "kv_channels": 128, "layer_norm_epsilon": 1e-06, "max_position_embeddings": 8192, "model_type": "qwen",
+    "no_bias": True, "num_attention_heads": 32, "num_hidden_layers": 32, "onnx_safe": None, "rotary_emb_base": 10000,
+    "rotary_pct": 1.0, "scale_attn_weights": True, "seq_length": 8192, "tie_word_embeddings": False,
+    "tokenizer_class": "QWenTokenizer", "transformers_version": "4.32.0", "use_cache": True, "use_dynamic_ntk": True,
+    "use_flash_attn": "auto", "use_logn_attn": True, "vocab_size": 151936,
+}  # fmt: skip
+
+
+@pytest.mark.proves("language", "weights: total on names and shapes of full-size checkpoints")
+def test_the_first_qwen() -> None:
+    """Qwen/Qwen-7B, which transformers has no class for."""
+    module = importlib.import_module(TABLE["language"].module)
+    config = module.read_hf(QWEN)[0]
+    assert config == module.PRESETS["Qwen/Qwen-7B"]()
+    assert module.read_hf(module.write_hf(config))[0] == config
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("transformer.wte.weight", "lm_head.weight"), (151936, 4096))
+    shapes["transformer.ln_f.weight"] = (4096,)
+    for i in range(32):
+        layer = {"ln_1.weight": (4096,), "ln_2.weight": (4096,), "attn.c_attn.bias": (3 * 4096,)}
+        layer |= {"attn.c_attn.weight": (3 * 4096, 4096), "attn.c_proj.weight": (4096, 4096)}
+        layer |= {"mlp.w1.weight": (11008, 4096), "mlp.w2.weight": (11008, 4096), "mlp.c_proj.weight": (4096, 11008)}
+        shapes |= {f"transformer.h.{i}.{name}": shape for name, shape in layer.items()}
+    with skeleton():
+        ours = TABLE["language"].resolve()(config)
+    todo = ours.plan(ours.formats["hf"], {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    assert todo.problems == []
+    assert todo.dropped == todo.initialised == {}
+    assert sum(p.numel() for p in ours.parameters()) == 7_721_324_544
+    assert {name: tuple(t.shape) for name, t in ours.to_hub(ours.state_dict()).items()} == shapes
 
 
 @pytest.mark.proves("clip", "weights: the oldest published files")

@@ -50,7 +50,7 @@ def test_shipped_models_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     nano("siglip").save(package / "shipped" / "nano-siglip")
     monkeypatch.setattr(hub.resources, "files", lambda _: package)
     assert resolve("polymodal/nano-siglip") == package / "shipped" / "nano-siglip"
-    with pytest.raises(ConfigError, match=r"no shipped model is called 'polymodal/nano-sigli'\. Did you mean"):
+    with pytest.raises(ConfigError, match=r"called 'polymodal/nano-sigli' \(there: polymodal/nano-siglip\)"):
         resolve("polymodal/nano-sigli")
 
 

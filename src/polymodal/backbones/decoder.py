@@ -15,7 +15,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from polymodal.core.errors import ConfigError, MediaError
+from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
+from polymodal.core.packing import Packing
 from polymodal.core.tokens import Modality, Tokens
 from polymodal.nn.attention import attend
 from polymodal.nn.cache import KVCache, Sight, sight
@@ -190,6 +191,8 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """Embeddings, blocks, a last norm, and the output layer."""
 
+    packed: bool = False  # see `pack_rows`
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         c = self.config = config
@@ -256,6 +259,13 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tokens, cache: KVCache | None = None) -> Tokens:
         """Vectors after the last norm; with a cache, the new tokens are added to it and see what it holds."""
+        if self.packed and cache is None:
+            packing = Packing.of(tokens.valid)
+            if len(packing.source) < tokens.shape[0]:
+                return tokens.with_x(packing.unpack(self._run(packing.pack(tokens)).x))
+        return self._run(tokens, cache)
+
+    def _run(self, tokens: Tokens, cache: KVCache | None = None) -> Tokens:
         x = self.enter(tokens)
         for block, view in zip(self.blocks, self.views(tokens, cache), strict=True):
             x = block(x, view, cache)
@@ -268,3 +278,18 @@ class Decoder(nn.Module):
         out = nn.functional.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
         cap = self.config.soft_cap
         return out if cap is None else cap * torch.tanh(out / cap)
+
+
+def pack_rows(model: nn.Module) -> None:
+    """Lets the decoders of a model read several short rows of a batch as one, wherever no cache is filled.
+
+    A transform of how a batch is computed: what goes in, what comes out and every gradient stay what they were.
+
+    Raises:
+        UnsupportedError: the model has no decoder.
+    """
+    decoders = [module for module in model.modules() if isinstance(module, Decoder)]
+    if not decoders:
+        raise UnsupportedError(f"{type(model).__name__} has no decoder whose rows could be packed")
+    for decoder in decoders:
+        decoder.packed = True

@@ -250,9 +250,10 @@ class Block(nn.Module):
         self.mlp = config.mlp.build(dim)
 
     def forward_source(self, context: Float[Tensor, "batch keys context_dim"]) -> KeysValues:
-        """Keys and values of the encoder's output for this layer."""
+        """Keys and values of the encoder's output for this layer: copies, since FSDP2 watches no views."""
         assert self.cross_attn is not None
-        return self.cross_attn.keys_values(context)
+        k, v = self.cross_attn.keys_values(context)
+        return k.contiguous(), v.contiguous()
 
     def forward(
         self,

@@ -15,18 +15,19 @@ from polymodal.backbones.encdec import EncDecConfig, RelativeBias, StackConfig, 
 from polymodal.nn.mlp import ActivationName
 from polymodal.nn.norm import RMS, Layer
 from polymodal.weights.fields import (
+    ACTIVATION_NAMES,
     ACTIVATIONS,
     MOST_LAYERS,
     TRANSFORMER_FIELDS,
     Fields,
     FieldTable,
-    read_fields,
+    read_bert_fields,
     write_fields,
 )
-from polymodal.weights.rules import Rule, Squeeze, drop, read_only, rule
+from polymodal.weights.layouts import FAIRSEQ_FEED_FORWARD, PROJECTIONS, QUERY_KEY_VALUE
+from polymodal.weights.rules import Rule, Squeeze, drop, read_only, renames, rule
 
 _ACTIVATIONS: Final = cast(Mapping[str, ActivationName], ACTIVATIONS)
-_NAMES: Final = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
 _DROPOUT: Final = "dropout of training, which these models are built without"
 _CACHE: Final = "a cache is asked for where it is needed"
 
@@ -234,7 +235,7 @@ def write_bart(c: EncDecConfig) -> dict[str, Any]:
         stacks |= {f"{name}_ffn_dim": s.mlp.hidden_dim}
     return stacks | {
         "architectures": [_BART if c.logit_bias else _BART_BASE], "vocab_size": c.vocab_size, "d_model": c.dim,
-        "activation_function": _NAMES[c.encoder.mlp.activation], "max_position_embeddings": c.position.count,
+        "activation_function": ACTIVATION_NAMES[c.encoder.mlp.activation], "max_position_embeddings": c.position.count,
         "scale_embedding": c.embed_scale is not None, "is_encoder_decoder": True, "pad_token_id": c.pad_id,
         "decoder_start_token_id": c.start_id, "tie_word_embeddings": True,
     }  # fmt: skip
@@ -249,16 +250,13 @@ def bart_rules(c: EncDecConfig, theirs: str, ours: str) -> list[Rule]:
         rules = [
             rule(f"{base}{name}.embed_positions.weight", f"{ours}{name}.position.weight"),
             rule(f"{base}{name}.layernorm_embedding.{{p}}", f"{ours}{name}.norm.{{p}}"),
-            rule(f"{t}.fc1.{{p}}", f"{o}.mlp.up_proj.{{p}}"),
-            rule(f"{t}.fc2.{{p}}", f"{o}.mlp.down_proj.{{p}}"),
-            rule(f"{t}.final_layer_norm.{{p}}", f"{o}.mlp_norm.{{p}}"),
+            *renames(t, o, FAIRSEQ_FEED_FORWARD),
         ]
         attentions = {"self_attn": ("attn", "attn_norm")}
         if name == "decoder":
             attentions["encoder_attn"] = ("cross_attn", "cross_norm")
         for module, (mine, norm) in attentions.items():
-            rules += [rule(f"{t}.{module}.{n}_proj.{{p}}", f"{o}.{mine}.{n}_proj.{{p}}") for n in "qkv"]
-            rules.append(rule(f"{t}.{module}.out_proj.{{p}}", f"{o}.{mine}.o_proj.{{p}}"))
+            rules += renames(f"{t}.{module}", f"{o}.{mine}", PROJECTIONS)
             rules.append(rule(f"{t}.{module}_layer_norm.{{p}}", f"{o}.{norm}.{{p}}"))
         return rules
 
@@ -283,21 +281,15 @@ _BERT: Final[FieldTable] = (
 
 def read_bert(f: Fields) -> BertConfig:
     """A BERT encoder."""
-    f.ignore(_DROPOUT, "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
     f.ignore(_CACHE, "use_cache")
     f.ignore("of the first code, never read", "directionality", "output_past", "layer_norm_epsilon")
     f.ignore("the pooler is as wide as the encoder", *(f"pooler_{n}" for n in (
         "fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type"
     )))  # fmt: skip
-    f.require("position_embedding_type", "absolute")
     f.require("is_decoder", False)
     f.require("add_cross_attention", False)
     f.require("tie_word_embeddings", True)
-    fields = read_fields(f, _BERT)
-    if fields["dim"] % max(fields["num_heads"], 1):
-        f.problems.append(f"config.json: hidden_size {fields['dim']} is not a multiple of num_attention_heads")
-        fields["num_heads"] = 1
-    return BertConfig(**fields)
+    return BertConfig(**read_bert_fields(f, _BERT))
 
 
 def write_bert(c: BertConfig) -> dict[str, Any]:
@@ -317,13 +309,14 @@ def bert_rules(theirs: str, ours: str) -> list[Rule]:
         rule(f"{e}.word_embeddings.weight", f"{ours}embed_tokens.weight"),
         rule(f"{e}.position_embeddings.weight", f"{ours}position.weight"),
         rule(f"{e}.token_type_embeddings.weight", f"{ours}types.weight"),
-        *(rule(f"{t}.attention.self.{n}.{{p}}", f"{o}.attn.{n[0]}_proj.{{p}}") for n in ("query", "key", "value")),
-        rule(f"{t}.attention.output.dense.{{p}}", f"{o}.attn.o_proj.{{p}}"),
-        rule(f"{t}.intermediate.dense.{{p}}", f"{o}.mlp.up_proj.{{p}}"),
-        rule(f"{t}.output.dense.{{p}}", f"{o}.mlp.down_proj.{{p}}"),
+        *renames(f"{t}.attention.self", f"{o}.attn", QUERY_KEY_VALUE),
+        *renames(t, o, {
+            "attention.output.dense": "attn.o_proj", "intermediate.dense": "mlp.up_proj",
+            "output.dense": "mlp.down_proj",
+        }),
         *(r for name, mine in norms.items() for r in norm_rules(name, mine)),
         drop(f"{e}.position_ids", "0, 1, 2, ...: a buffer of older transformers"),
-    ]
+    ]  # fmt: skip
 
 
 def norm_rules(theirs: str, ours: str) -> list[Rule]:

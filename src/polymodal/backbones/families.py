@@ -14,10 +14,10 @@ from polymodal.backbones.decoder import AttentionConfig, DecoderConfig, Gated, L
 from polymodal.nn.mlp import ActivationName
 from polymodal.nn.norm import RMS, Layer, Norm, OffsetRMS
 from polymodal.nn.rope import LinearScaling, Llama3Scaling, LongScaling, Rope, Scaling, YarnScaling
-from polymodal.weights.fields import ACTIVATIONS, MOST_LAYERS, Fields
-from polymodal.weights.rules import Chain, Rule, Split, Transpose, drop, read_only, rule
+from polymodal.weights.fields import ACTIVATION_NAMES, ACTIVATIONS, MOST_LAYERS, Fields
+from polymodal.weights.layouts import FAIRSEQ_FEED_FORWARD, PROJECTIONS
+from polymodal.weights.rules import Chain, Rule, Split, Transpose, drop, read_only, renames, rule
 
-_NAMES: Final = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
 _FAR: Final = 2**40  # rotary bases go to a thousand million
 
 
@@ -57,6 +57,7 @@ class Family:
         read: a Hub config (or the part of one that describes the language model) -> `DecoderConfig`.
         write: the reverse, without ``architectures``.
         rules: (config, their base, the name of their output layer, our prefix) -> rules.
+        public: whether transformers has that class; else a checkpoint brings its own code.
     """
 
     model_type: str
@@ -66,6 +67,7 @@ class Family:
     rules: Callable[[DecoderConfig, str, str, str], list[Rule]]
     base: str = "model"
     control: ControlIds = field(default_factory=ControlIds)
+    public: bool = True
 
 
 # ------------------------------------------------------------------------------------------------- shared fields
@@ -289,7 +291,7 @@ def _read_llama(f: Fields) -> DecoderConfig:
 
 
 def _write_llama(c: DecoderConfig) -> dict[str, Any]:
-    bias = {"attention_bias": c.attention.qkv_bias, "hidden_act": _NAMES[c.mlp.activation]}
+    bias = {"attention_bias": c.attention.qkv_bias, "hidden_act": ACTIVATION_NAMES[c.mlp.activation]}
     return _write_common(c) | write_rope(c.position) | bias
 
 
@@ -307,7 +309,11 @@ def _read_mistral(f: Fields) -> DecoderConfig:
 
 def _write_mistral(c: DecoderConfig) -> dict[str, Any]:
     size = None if c.window is None else c.window.size
-    return _write_common(c) | write_rope(c.position) | {"sliding_window": size, "hidden_act": _NAMES[c.mlp.activation]}
+    return (
+        _write_common(c)
+        | write_rope(c.position)
+        | {"sliding_window": size, "hidden_act": ACTIVATION_NAMES[c.mlp.activation]}
+    )
 
 
 def _read_qwen2(f: Fields) -> DecoderConfig:
@@ -345,7 +351,7 @@ def _write_qwen(c: DecoderConfig) -> dict[str, Any]:
         "use_sliding_window": c.window is not None,
         "sliding_window": None if c.window is None else c.window.size,
         "max_window_layers": first,
-        "hidden_act": _NAMES[c.mlp.activation],
+        "hidden_act": ACTIVATION_NAMES[c.mlp.activation],
     }
     if c.attention.qk_norm is not None:
         values["attention_bias"] = c.attention.qkv_bias
@@ -508,7 +514,7 @@ def _write_opt(c: DecoderConfig) -> dict[str, Any]:
     return {
         "vocab_size": c.vocab_size, "hidden_size": c.dim, "word_embed_proj_dim": c.dim, "init_std": c.std,
         "num_hidden_layers": c.num_layers, "num_attention_heads": c.attention.num_heads, "ffn_dim": c.mlp.hidden_dim,
-        "max_position_embeddings": c.context, "activation_function": _NAMES[c.mlp.activation],
+        "max_position_embeddings": c.context, "activation_function": ACTIVATION_NAMES[c.mlp.activation],
         "tie_word_embeddings": c.tied, "do_layer_norm_before": True,
     }  # fmt: skip
 
@@ -519,12 +525,8 @@ def _opt_rules(c: DecoderConfig, base: str, head: str, ours: str) -> list[Rule]:
         rule(f"{base}.embed_tokens.weight", f"{ours}.embed_tokens.weight"),
         rule(f"{base}.embed_positions.weight", f"{ours}.position.weight"),
         rule(f"{base}.final_layer_norm.{{p}}", f"{ours}.norm.{{p}}"),
-        *(rule(f"{t}.self_attn.{n}_proj.{{p}}", f"{o}.attn.{n}_proj.{{p}}") for n in "qkv"),
-        rule(f"{t}.self_attn.out_proj.{{p}}", f"{o}.attn.o_proj.{{p}}"),
-        rule(f"{t}.self_attn_layer_norm.{{p}}", f"{o}.attn_norm.{{p}}"),
-        rule(f"{t}.final_layer_norm.{{p}}", f"{o}.mlp_norm.{{p}}"),
-        rule(f"{t}.fc1.{{p}}", f"{o}.mlp.up_proj.{{p}}"),
-        rule(f"{t}.fc2.{{p}}", f"{o}.mlp.down_proj.{{p}}"),
+        *renames(f"{t}.self_attn", f"{o}.attn", PROJECTIONS),
+        *renames(t, o, {"self_attn_layer_norm": "attn_norm", **FAIRSEQ_FEED_FORWARD}),
         *_head(c, head, ours),
     ]
 
@@ -558,7 +560,7 @@ def _read_gpt2(f: Fields) -> DecoderConfig:
 
 
 def _write_gpt2(c: DecoderConfig) -> dict[str, Any]:
-    activation = "gelu_new" if c.mlp.activation == "gelu_tanh" else _NAMES[c.mlp.activation]
+    activation = "gelu_new" if c.mlp.activation == "gelu_tanh" else ACTIVATION_NAMES[c.mlp.activation]
     return {
         "vocab_size": c.vocab_size, "n_embd": c.dim, "n_layer": c.num_layers, "n_head": c.attention.num_heads,
         "n_positions": c.context, "n_inner": c.mlp.hidden_dim, "activation_function": activation,
@@ -588,6 +590,60 @@ def _gpt2_rules(c: DecoderConfig, base: str, head: str, ours: str) -> list[Rule]
     return [*named(f"{base}."), *read_only(named("")), *_head(c, head, ours)]
 
 
+def _read_qwen1(f: Fields) -> DecoderConfig:
+    dim, heads, head_dim = (
+        _take(f, name, n) for name, n in (("hidden_size", 4096), ("num_attention_heads", 32), ("kv_channels", 128))
+    )
+    hidden, context = _take(f, "intermediate_size", 22016), _take(f, "seq_length", 8192, most=_FAR)
+    f.require("no_bias", True)  # but for queries, keys and values
+    f.require("scale_attn_weights", True)
+    f.ignore("beyond seq_length, where nothing is read", "use_dynamic_ntk", "use_logn_attn", "max_position_embeddings")
+    f.ignore("dropout of pre-training", "attn_dropout_prob", "emb_dropout_prob")
+    f.ignore("how it is computed, and in which type", "bf16", "fp16", "fp32", "use_flash_attn", "onnx_safe")
+    f.ignore("how it is computed, and in which type", "softmax_in_fp32", "use_cache_quantization", "use_cache_kernel")
+    f.ignore("a cache is asked for where it is needed", "use_cache")
+    if heads * head_dim != dim or hidden % 2:
+        f.problems.append(
+            f"hidden_size {dim} is not {heads} heads of kv_channels {head_dim}, or intermediate_size {hidden} is odd"
+        )
+    return DecoderConfig(
+        vocab_size=_take(f, "vocab_size", 151936), dim=dim, context=context,
+        num_layers=_take(f, "num_hidden_layers", 32, most=MOST_LAYERS),
+        tied=f.take("tie_word_embeddings", bool, False), std=f.take("initializer_range", float, 0.02),
+        attention=AttentionConfig(num_heads=heads, num_kv_heads=heads, head_dim=head_dim, qkv_bias=True),
+        mlp=Gated(hidden_dim=max(hidden // 2, 1)), norm=RMS(eps=f.take("layer_norm_epsilon", float, 1e-6)),
+        position=Rope(
+            theta=f.take("rotary_emb_base", float, 10000.0, most=_FAR), fraction=f.take("rotary_pct", float, 1.0)
+        ),
+    )  # fmt: skip
+
+
+def _write_qwen1(c: DecoderConfig) -> dict[str, Any]:
+    assert isinstance(c.position, Rope)
+    return {
+        "vocab_size": c.vocab_size, "hidden_size": c.dim, "num_hidden_layers": c.num_layers, "seq_length": c.context,
+        "max_position_embeddings": c.context, "tie_word_embeddings": c.tied, "initializer_range": c.std,
+        "num_attention_heads": c.attention.num_heads, "kv_channels": c.attention.head_dim, "no_bias": True,
+        "intermediate_size": 2 * c.mlp.hidden_dim, "layer_norm_epsilon": c.norm.eps,
+        "rotary_emb_base": c.position.theta, "rotary_pct": c.position.fraction,
+    }  # fmt: skip
+
+
+def _qwen1_rules(c: DecoderConfig, base: str, head: str, ours: str) -> list[Rule]:
+    t, o = f"{base}.h.{{i}}", f"{ours}.blocks.{{i}}"
+    layers = {
+        "ln_1": "attn_norm", "ln_2": "mlp_norm", "attn.c_proj": "attn.o_proj", "mlp.w1": "mlp.up_proj",
+        "mlp.w2": "mlp.gate_proj", "mlp.c_proj": "mlp.down_proj",
+    }  # fmt: skip
+    return [
+        rule(f"{base}.wte.weight", f"{ours}.embed_tokens.weight"),
+        rule(f"{base}.ln_f.weight", f"{ours}.norm.weight"),
+        rule(f"{t}.attn.c_attn.{{p}}", [f"{o}.attn.{n}_proj.{{p}}" for n in "qkv"], Split(3)),
+        *renames(t, o, layers),
+        *_head(c, head, ours),
+    ]
+
+
 _LLAMA: Final = ControlIds(start=1, stop=(2,))
 _GEMMA: Final = ControlIds(start=2, stop=(1,), pad=0)
 _LIST: Final = (
@@ -598,6 +654,10 @@ _LIST: Final = (
     Family(
         model_type="mistral", architecture="MistralForCausalLM", read=_read_mistral, write=_write_mistral,
         rules=_llama_rules, control=_LLAMA,
+    ),
+    Family(
+        model_type="qwen", architecture="QWenLMHeadModel", read=_read_qwen1, write=_write_qwen1, rules=_qwen1_rules,
+        base="transformer", control=ControlIds(stop=(151643, 151645)), public=False,
     ),
     Family(
         model_type="qwen2", architecture="Qwen2ForCausalLM", read=_read_qwen2, write=_write_qwen, rules=_llama_rules

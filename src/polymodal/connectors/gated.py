@@ -133,8 +133,9 @@ class GatedBlock(nn.Module):
                 module.reset_parameters() if std is None else nn.init.normal_(module.weight, std=std)
 
     def forward_media(self, media: Float[Tensor, "batch keys source"]) -> KeysValues:
-        """Keys and values of the media, for `forward`."""
-        return self.attn.keys_values(media)
+        """Keys and values of the media, for `forward`: copies, since FSDP2 watches what comes out, and not views."""
+        k, v = self.attn.keys_values(media)
+        return k.contiguous(), v.contiguous()
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], media: KeysValues | None, sight: MediaSight | None

@@ -44,6 +44,18 @@ class MLP:
         return tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class WideMLP:
+    """Three linear layers, GELU between them, the first four times as wide as what it reads (Prismatic's fused)."""
+
+    def build(self, source: int, target: int) -> Projector:
+        widths = [source, 4 * source, target, target]
+        return Projector([nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
+
+    def count(self, tokens: int) -> int:
+        return tokens
+
+
 Connector: TypeAlias = Linear | MLP
 
 
@@ -64,6 +76,9 @@ class Projector(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.activation = ACTIVATIONS[activation]
+
+    def init_weights(self) -> None:
+        init_connector(self)
 
     def forward(self, x: Float[Tensor, "*batch source"]) -> Float[Tensor, "*batch target"]:
         for i, layer in enumerate(self.layers):

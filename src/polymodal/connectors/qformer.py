@@ -75,7 +75,8 @@ class QFormerAttention(nn.Module):
         self.o_proj = nn.Linear(dim, dim)
 
     def keys_values(self, context: Float[Tensor, "batch keys source"]) -> KeysValues:
-        return self._heads(self.k_proj(context)), self._heads(self.v_proj(context))
+        # Copies, since blocks return them: FSDP2 watches what a block returns, and a view may lose its watch.
+        return self._heads(self.k_proj(context)).contiguous(), self._heads(self.v_proj(context)).contiguous()
 
     def forward(
         self,

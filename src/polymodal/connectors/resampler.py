@@ -147,5 +147,7 @@ class ResamplerConnector(nn.Module):
         nn.init.normal_(self.proj.weight, std=0.02)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, x: Float[Tensor, "batch tokens source"]) -> Float[Tensor, "batch latents target"]:
+    def forward(
+        self, x: Float[Tensor, "media tokens source"] | Float[Tensor, "media frames tokens source"]
+    ) -> Float[Tensor, "media latents target"]:
         return self.proj(self.resampler(x))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from polymodal.core.batch import Batch, Loss
@@ -182,6 +182,19 @@ class Generates(Protocol):
 
 
 @runtime_checkable
+class Scores(Protocol):
+    """Says how probable texts are: what preferences and rewards train."""
+
+    def log_probs(self, batch: Batch) -> Float[Tensor, "batch tokens"]:
+        """Of each label (of ``labels``) given what stands before it, in fp32; 0 where there is none."""
+        ...
+
+    def places(self, ids: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+        """Which of these ids stand for media and not for text."""
+        ...
+
+
+@runtime_checkable
 class Resumes(Protocol):
     """Can read a prompt in pieces, so that long ones do not hold up others and common beginnings are read once."""
 
@@ -196,5 +209,5 @@ class Resumes(Protocol):
 
 def verbs_of(system: type) -> Sequence[str]:
     """The names of the verbs that a class implements."""
-    names = {"embed": "embed", "prefill": "ask", "loss": "train", "logits": "classify", "count": "count"}
+    names = {"encode": "embed", "prefill": "ask", "loss": "train", "logits": "classify", "count": "count"}
     return [verb for method, verb in names.items() if getattr(system, method, None) is not None]

@@ -132,7 +132,8 @@ class Loader:
                 f"the batch of step {step} (items {shorten(indices)}) failed: {type(error).__name__}: {error}"
             ) from error
         for name, tensor in batch.items():
-            if tensor.shape[:1] != torch.Size([len(indices)]):
+            ragged = name.endswith("_row") or f"{name}_row" in batch
+            if not ragged and tensor.shape[:1] != torch.Size([len(indices)]):
                 raise DataError(
                     f"the batch of step {step} holds {name!r} of shape {tuple(tensor.shape)}; "
                     f"its first axis should be the {len(indices)} items {shorten(indices)}"

@@ -12,8 +12,8 @@ from torch import nn
 from polymodal.encoders.vit import ViT, ViTConfig
 from polymodal.nn.init import openai_vision_, siglip_
 from polymodal.weights.fields import IMAGE_FIELDS, TRANSFORMER_FIELDS, Fields, FieldTable, read_fields, write_fields
-from polymodal.weights.layouts import clip_blocks
-from polymodal.weights.rules import Rule, Split, Squeeze, drop, read_only, rule
+from polymodal.weights.layouts import FEED_FORWARD, clip_blocks
+from polymodal.weights.rules import Rule, Split, Squeeze, drop, read_only, renames, rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +111,12 @@ def _blip2_rules(theirs: str, ours: str) -> list[Rule]:
         rule(f"{e}.position_embedding", f"{ours}.position", Squeeze((0,))),
         rule(f"{e}.patch_embedding.{{p}}", f"{ours}.patch_embed.{{p}}"),
         rule(f"{t}.self_attn.qkv.{{p}}", [f"{o}.attn.{n}_proj.{{p}}" for n in "qkv"], Split(3)),
-        rule(f"{t}.self_attn.projection.{{p}}", f"{o}.attn.o_proj.{{p}}"),
-        rule(f"{t}.layer_norm1.{{p}}", f"{o}.attn_norm.{{p}}"),
-        rule(f"{t}.layer_norm2.{{p}}", f"{o}.mlp_norm.{{p}}"),
-        rule(f"{t}.mlp.fc1.{{p}}", f"{o}.mlp.up_proj.{{p}}"),
-        rule(f"{t}.mlp.fc2.{{p}}", f"{o}.mlp.down_proj.{{p}}"),
+        *renames(t, o, {
+            "self_attn.projection": "attn.o_proj", "layer_norm1": "attn_norm", "layer_norm2": "mlp_norm",
+            **FEED_FORWARD,
+        }),
         rule(f"{theirs}.post_layernorm.{{p}}", f"{ours}.norm.{{p}}"),
-    ]
+    ]  # fmt: skip
 
 
 @torch.no_grad()

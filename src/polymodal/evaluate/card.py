@@ -119,6 +119,25 @@ class Card:
     answered: int  # in this run; the rest was in the file
     versions: dict[str, str]
 
+    @property
+    def runs(self) -> list[tuple[str, Outcome, Estimate | None]]:
+        """Name, outcome and what pictures gain over it, of each run that there is."""
+        blind = ("blind", self.blind, self.over_blind)
+        rows: list[tuple[str, Outcome, Estimate | None]] = [("with pictures", self.true, None), blind]
+        return rows if self.shuffled is None else [*rows, ("other pictures", self.shuffled, self.over_shuffled)]
+
+    @property
+    def percent(self) -> bool:
+        """Whether scores are shares."""
+        return (self.worst, self.best) in {(0.0, 1.0), (1.0, 0.0)}
+
+    def shown(self, e: Estimate) -> str:
+        """A score or a gain with its interval, for people."""
+        digits = 1 if (e.high - e.low) / abs(self.best - self.worst) < 0.1 else 0
+        if self.percent:
+            return f"{100 * e.value:.{digits}f} % [{100 * e.low:.{digits}f}, {100 * e.high:.{digits}f}]"
+        return f"{e.value:.{digits + 1}f} [{e.low:.{digits + 1}f}, {e.high:.{digits + 1}f}]"
+
     def to_json(self) -> str:
         """The whole card."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False)
@@ -170,7 +189,15 @@ def evaluate(
     seen = [tuple(hashes(part) for part in _media(item.sample)) for item in items]
     asked = _runs(items, seen, seed)
     keys = {run: {i: _key(sample, run, hashes) for i, sample in samples.items()} for run, samples in asked.items()}
-    wanted = {keys[run][i]: sample for run, samples in asked.items() for i, sample in samples.items()}
+    # What is asked about the same media stands together, whatever the run: they go through their tower once.
+    places = {media: place for place, media in enumerate(dict.fromkeys(seen))}
+
+    def place(sample: Sample) -> int:
+        return places.get(tuple(hashes(part) for part in _media(sample)), len(places))
+
+    every = [(keys[run][i], sample) for run, samples in asked.items() for i, sample in samples.items()]
+    every.sort(key=lambda pair: place(pair[1]))
+    wanted = dict(every)
     with _Store(resume, model=model, settings=options) as store:
         todo = [key for key in wanted if key not in store.answers]
         done = len(wanted) - len(todo)
@@ -525,24 +552,12 @@ def _notes(card: Card) -> list[str]:
 
 
 def _page(card: Card) -> str:
-    percent = (card.worst, card.best) in {(0.0, 1.0), (1.0, 0.0)}
-
     def number(value: float | None, digits: int = 1) -> str:
         if value is None:
             return "undefined"
-        return f"{100 * value:.{digits}f} %" if percent else f"{value:.{digits + 1}f}"
+        return f"{100 * value:.{digits}f} %" if card.percent else f"{value:.{digits + 1}f}"
 
-    def sure(e: Estimate) -> str:
-        digits = 1 if (e.high - e.low) / abs(card.best - card.worst) < 0.1 else 0
-        if percent:
-            return f"{100 * e.value:.{digits}f} % [{100 * e.low:.{digits}f}, {100 * e.high:.{digits}f}]"
-        return f"{e.value:.{digits + 1}f} [{e.low:.{digits + 1}f}, {e.high:.{digits + 1}f}]"
-
-    rows: list[tuple[str, Outcome | None, Estimate | None]] = [
-        ("with pictures", card.true, None),
-        ("blind", card.blind, card.over_blind),
-        ("other pictures", card.shuffled, card.over_shuffled),
-    ]
+    sure = card.shown
     lines = [f"# {_cell(card.task)}: {_cell(card.model)}", ""]
     lines += [
         f"**{_cell(card.metric)}: {sure(card.true.score)}**, {'more' if card.best > card.worst else 'less'} is better"
@@ -554,10 +569,8 @@ def _page(card: Card) -> str:
         "| run | score, 95 % interval | gain of the pictures | questions | unparsed |",
         "|---|---|---|---|---|",
     ]
-    for name, run, gain in rows:
-        if run is not None:
-            gained = sure(gain) if gain else ""
-            lines.append(f"| {name} | {sure(run.score)} | {gained} | {run.score.n} | {run.unparsed} |")
+    for name, run, gain in card.runs:
+        lines.append(f"| {name} | {sure(run.score)} | {sure(gain) if gain else ''} | {run.score.n} | {run.unparsed} |")
     lines.append(f"| always the most frequent answer | {number(card.constant)} | | {card.questions} | |")
     if card.chance is not None:
         lines.append(f"| guessing | {number(card.chance)} | | {card.questions} | |")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +11,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from polymodal.core.batch import Loss
+from polymodal.core.batch import IGNORE, Loss
 
-IGNORE = -100  # the label of a token that is not learned: prompts, placeholders, padding
 _CHUNK = 4096  # logits of so many tokens at a time
+
+
+def ahead(
+    vectors: Float[Tensor, "batch tokens dim"], labels: Int[Tensor, "batch tokens"]
+) -> tuple[Float[Tensor, "batch more dim"], Int[Tensor, "batch more"]]:
+    """For the functions below, which shift by one: vectors that stand at their labels, what they read being shifted."""
+    return F.pad(vectors, (0, 0, 0, 1)), F.pad(labels, (1, 0), value=IGNORE)
 
 
 def next_token_loss(
     hidden: Float[Tensor, "batch tokens dim"],
     labels: Int[Tensor, "batch tokens"],
     logits: Callable[[Tensor], Tensor],
+    weights: Float[Tensor, " batch"] | None = None,
 ) -> Loss:
     """Cross-entropy of each label given the tokens before it; its weight is the number of supervised tokens.
 
@@ -30,20 +38,49 @@ def next_token_loss(
         hidden: vectors after the last norm.
         labels: ids, `IGNORE` where nothing is learned; not shifted: ``labels[i]`` is the token at place ``i``.
         logits: the output layer.
+        weights: how much each label of a row counts, instead of one.
     """
-    labels = labels[:, 1:]
-    keep = labels != IGNORE
-    rows, wanted = hidden[:, :-1][keep], labels[keep]
+    keep = labels[:, 1:] != IGNORE
+    counted = hidden.new_ones(len(labels)) if weights is None else weights
+    counted = counted.float()[:, None].expand(keep.shape)[keep]
     total = hidden.sum() * 0.0  # a batch without a label still has a gradient
     right = torch.zeros((), device=hidden.device)
 
-    def part(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def part(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         scores = logits(x).float()
-        return F.cross_entropy(scores, y, reduction="sum"), (scores.detach().argmax(-1) == y).sum()
+        hits = scores.detach().argmax(-1) == y
+        return (w * F.cross_entropy(scores, y, reduction="none")).sum(), (w * hits).sum()
 
-    for x, y in zip(rows.split(_CHUNK), wanted.split(_CHUNK), strict=True):
-        several = len(rows) > _CHUNK and torch.is_grad_enabled()
-        loss, hits = checkpoint(part, x, y, use_reentrant=False) if several else part(x, y)
+    for loss, hits in _in_chunks(part, hidden[:, :-1][keep], labels[:, 1:][keep], counted):
         total, right = total + loss, right + hits
-    weight = int(keep.sum())
-    return Loss(total=total, weight=weight, metrics={"accuracy": right / max(weight, 1)})
+    weight = float(len(counted) if weights is None else counted.sum())  # a dry run has no numbers to add up
+    return Loss(total=total, weight=weight, metrics={"accuracy": right / (weight or 1.0)})
+
+
+def next_token_log_probs(
+    hidden: Float[Tensor, "batch tokens dim"],
+    labels: Int[Tensor, "batch tokens"],
+    logits: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "batch tokens"]:
+    """Log-probability of each label given the tokens before it, in fp32; 0 where none is, and at the first place.
+
+    Args:
+        hidden, labels, logits: as of `next_token_loss`.
+    """
+    keep = labels[:, 1:] != IGNORE
+
+    def part(x: Tensor, y: Tensor) -> Tensor:
+        return -F.cross_entropy(logits(x).float(), y, reduction="none")
+
+    none = torch.zeros(keep.shape, device=hidden.device)
+    found = torch.cat(list(_in_chunks(part, hidden[:, :-1][keep], labels[:, 1:][keep])))
+    return F.pad(none.masked_scatter(keep, found), (1, 0))
+
+
+_Part = TypeVar("_Part")
+
+
+def _in_chunks(part: Callable[..., _Part], rows: Tensor, *more: Tensor) -> Iterator[_Part]:
+    several = len(rows) > _CHUNK and torch.is_grad_enabled()
+    for chunk in zip(*(tensor.split(_CHUNK) for tensor in (rows, *more)), strict=True):
+        yield checkpoint(part, *chunk, use_reentrant=False) if several else part(*chunk)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from polymodal.core.batch import Batch
 from polymodal.core.errors import ConfigError, MediaError, did_you_mean
 from polymodal.core.files import read_json
 from polymodal.core.sample import Image
+from polymodal.modalities.files import check_bytes, open_medium
 
 # Decoders that may run on a stranger's file. Formats that are programs or containers (eps, svg, pdf, wmf) stay out.
 PILImage.init()
@@ -89,6 +89,26 @@ def decode(
     return rgb if turn is None else rgb.transpose(turn)
 
 
+def decode_still(image: Image, *, alpha: Alpha = "white") -> PILImage.Image:
+    """`decode`, where an answer about the first frame would be about less than was asked.
+
+    What cameras put behind a JPEG, as a preview or a second view, is no other frame.
+
+    Raises:
+        MediaError: as `decode`; or there are several frames or pages.
+    """
+    opened = open_picture(image)
+    try:
+        several = opened.format != "MPO" and getattr(opened, "is_animated", False)  # few of Pillow's formats have it
+    except Exception as error:  # as in `decode`
+        raise MediaError(f"{image.where}: the {opened.format} data is broken or cut off") from error
+    if several:
+        raise MediaError(
+            f"{image.where}: has several frames or pages; pass the one that is meant, or some of them as pictures"
+        )
+    return decode(Image(opened, name=image.where), alpha=alpha)
+
+
 def open_picture(image: Image, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> PILImage.Image:
     """The picture as Pillow opens it: header read, size checked, no pixel decoded yet.
 
@@ -103,8 +123,7 @@ def open_picture(image: Image, *, max_pixels: int = MAX_PIXELS, max_bytes: int =
     elif isinstance(source, PILImage.Image):
         opened = source
     elif isinstance(source, bytes | bytearray):
-        if len(source) > max_bytes:
-            raise _too_many_bytes(where, len(source), max_bytes)
+        check_bytes(where, len(source), max_bytes)
         opened = _open(where, io.BytesIO(source))
     elif isinstance(source, str | Path):
         opened = _open(where, io.BytesIO(read_picture(source, where=where, max_bytes=max_bytes)))
@@ -122,37 +141,17 @@ def open_picture(image: Image, *, max_pixels: int = MAX_PIXELS, max_bytes: int =
     return opened
 
 
-def _too_many_bytes(where: str, size: int, limit: int) -> MediaError:
-    return MediaError(f"{where}: {size:,} bytes are more than the {limit:,} allowed")
-
-
 def read_picture(path: str | Path, *, where: str, max_bytes: int = MAX_BYTES) -> bytes:
     """The bytes of a picture file; ``where`` names it in errors.
 
     Raises:
         MediaError: there is no such regular file, it is too large, or it may not be read.
     """
-    if "://" in str(path):
-        raise MediaError(f"{where}: addresses are not fetched; download the picture and pass its path or bytes")
-    try:
-        # Looked at after it is opened, so that it is what is read; opened so that a pipe does not block for ever.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                raise MediaError(f"{where}: is not a regular file")
-            if facts.st_size > max_bytes:
-                raise _too_many_bytes(where, facts.st_size, max_bytes)
-            return file.read(facts.st_size)  # no more, should it grow
-    except IsADirectoryError:
-        raise MediaError(f"{where}: is a folder, not a picture") from None
-    except FileNotFoundError:
-        raise MediaError(f"{where}: there is no such file") from None
-    except PermissionError:
-        raise MediaError(f"{where}: may not be read (permission denied)") from None
-    except OSError as error:
-        raise MediaError(f"{where}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise MediaError(f"{where}: cannot be read") from error
+    with open_medium(path, where=where, medium="picture", max_bytes=max_bytes) as file:
+        try:
+            return file.read(os.fstat(file.fileno()).st_size)  # no more, should it grow
+        except OSError as error:
+            raise MediaError(f"{where}: cannot be read: {error.strerror}") from error
 
 
 def _open(where: str, file: io.BytesIO) -> PILImage.Image:
@@ -227,6 +226,11 @@ def thumbnail(picture: PILImage.Image, side: int) -> PILImage.Image:
 class Processor(Protocol):
     """What every image processor of a system can do."""
 
+    @property
+    def alpha(self) -> Alpha:
+        """What is made of transparent pixels."""
+        ...
+
     def to_hf(self) -> dict[str, Any]:
         """Itself, as the Hub's preprocessor_config.json."""
         ...
@@ -264,6 +268,15 @@ class View:
     def to_original(self, points: Float[Tensor, "*points 2"]) -> Float[Tensor, "*points 2"]:
         """The inverse of `to_seen`. Points in the padding fall outside the picture."""
         return (points - points.new_tensor(self.offset)) / points.new_tensor(self.scale)
+
+
+@runtime_checkable
+class Views(Protocol):
+    """Knows where what a model sees lies in a picture."""
+
+    def view(self, width: int, height: int) -> View:
+        """Where the pixels that the model sees lie in an upright picture of that size."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,7 +368,7 @@ class ImageProcessor:
 
     def normalise(self, pixels: UInt8[Tensor, "images 3 height width"]) -> Float[Tensor, "images 3 height width"]:
         """``(pixels * rescale - mean) / std``, on the device of ``pixels``."""
-        scale, shift = _affine(self.rescale, self.mean, self.std, pixels.device)
+        scale, shift = affine(self.rescale, self.mean, self.std, pixels.device)
         floats = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         return floats.mul_(scale[:, None, None]).add_(shift[:, None, None])
 
@@ -365,7 +378,7 @@ class ImageProcessor:
 
     def denormalise(self, pixels: Float[Tensor, "images 3 height width"]) -> list[PILImage.Image]:
         """The inverse of `normalise`."""
-        scale, shift = _affine(self.rescale, self.mean, self.std, pixels.device)
+        scale, shift = affine(self.rescale, self.mean, self.std, pixels.device)
         levels = (pixels.float() - shift[:, None, None]) / scale[:, None, None]
         arrays = levels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [PILImage.fromarray(array) for array in arrays]
@@ -388,7 +401,7 @@ class ImageProcessor:
         if target[0] * target[1] > _MAX_RESIZED:
             picture, left, top = self._middle(picture, target, left, top)
         elif target != picture.size:
-            picture = picture.resize(target, _pillow(self.resample))
+            picture = picture.resize(target, pillow_filter(self.resample))
         if self.crop is None:
             return picture
         # Pillow fills what lies outside the picture with zeros.
@@ -410,7 +423,7 @@ class ImageProcessor:
         size = min(target[0] - x, self.crop.width), min(target[1] - y, self.crop.height)
         across, down = picture.width / target[0], picture.height / target[1]
         box = (x * across, y * down, (x + size[0]) * across, (y + size[1]) * down)
-        return picture.resize(size, _pillow(self.resample), box=box), left - x, top - y
+        return picture.resize(size, pillow_filter(self.resample), box=box), left - x, top - y
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ImageProcessor:
@@ -427,7 +440,7 @@ class ImageProcessor:
             if not isinstance(size, Exact):
                 raise ConfigError(f"preprocessor config: crop_size needs height and width, not {read['crop_size']}")
             crop = CenterCrop(height=size.height, width=size.width)
-        return cls(resize=resize, crop=crop, **_hf_colour(read), alpha=read["alpha"])
+        return cls(resize=resize, crop=crop, **hf_colour(read), alpha=read["alpha"])
 
     def to_hf(self) -> dict[str, Any]:
         """A ``preprocessor_config.json`` that transformers reads to the same effect."""
@@ -442,7 +455,7 @@ class ImageProcessor:
             **({"size": size} if size else {}),
             "do_center_crop": self.crop is not None,
             **({"crop_size": {"height": self.crop.height, "width": self.crop.width}} if self.crop else {}),
-            **_colour_to_hf(self),
+            **colour_to_hf(self),
         }
 
     @classmethod
@@ -468,7 +481,7 @@ class ImageProcessor:
             raise ConfigError("preprocess_cfg:\n" + "\n".join(f"  - {problem}" for problem in sorted(problems)))
         square = {"height": side[0], "width": side[0]}
         shortest = read["resize_mode"] == "shortest"
-        colour = _hf_colour({**_OPENAI, "image_mean": read["mean"], "image_std": read["std"], "resample": 3})
+        colour = hf_colour({**OPENAI, "image_mean": read["mean"], "image_std": read["std"], "resample": 3})
         return cls(
             resize=ShortestEdge(size=side[0]) if shortest else Exact(**square),
             crop=CenterCrop(**square) if shortest else None,
@@ -580,11 +593,11 @@ class PatchProcessor:
         pixels = torch.zeros(len(pictures), most, p, p, 3, dtype=torch.uint8)
         for row, picture, (rows, columns) in zip(pixels, pictures, shapes.tolist(), strict=True):
             assert picture.mode == "RGB", "pictures come from `decode`"
-            resized = np.array(picture.resize((columns * p, rows * p), _pillow(self.resample)))
+            resized = np.array(picture.resize((columns * p, rows * p), pillow_filter(self.resample)))
             cut = torch.from_numpy(resized).view(rows, p, columns, p, 3).transpose(1, 2)
             row[: rows * columns] = cut.reshape(rows * columns, p, p, 3)
         mask = torch.arange(most) < counts[:, None]
-        scale, shift = _affine(self.rescale, self.mean, self.std, pixels.device)
+        scale, shift = affine(self.rescale, self.mean, self.std, pixels.device)
         patches = pixels.to(torch.float32).mul_(scale).add_(shift).flatten(2)
         return Patches(patches.masked_fill_(~mask[:, :, None], 0.0), mask, shapes)
 
@@ -604,7 +617,7 @@ class PatchProcessor:
             if not isinstance(read[field], int):
                 raise ConfigError(f"preprocessor config: {field} = {read[field]!r} is not a whole number")
         budget = PatchBudget(patch_size=read["patch_size"], max_patches=read["max_num_patches"])
-        return cls(budget=budget, **_hf_colour(read), alpha=read["alpha"])
+        return cls(budget=budget, **hf_colour(read), alpha=read["alpha"])
 
     def to_hf(self) -> dict[str, Any]:
         """A ``preprocessor_config.json`` that transformers reads to the same effect."""
@@ -613,7 +626,7 @@ class PatchProcessor:
             "do_resize": True,
             "patch_size": self.budget.patch_size,
             "max_num_patches": self.budget.max_patches,
-            **_colour_to_hf(self),
+            **colour_to_hf(self),
         }
 
 
@@ -647,7 +660,7 @@ def load_processor(folder: str | Path) -> ImageProcessor | PatchProcessor:
 # ---- reading and writing the Hub's configs ----
 
 _COLOUR: dict[str, Any] = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "alpha": "white"}
-_OPENAI = {**_COLOUR, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+OPENAI = {**_COLOUR, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 _STANDARD = {**_COLOUR, "image_mean": HALF, "image_std": HALF}
 _OPEN_CLIP: dict[str, Any] = {
     "mode": "RGB",
@@ -662,11 +675,11 @@ _SQUARE = {"size": 224, "default_to_square": True, "do_resize": True, "do_center
 _CUT = {"size": 224, "default_to_square": False, "do_resize": True, "do_center_crop": True, "crop_size": 224}
 # What a class of transformers takes for the fields that its config leaves out.
 _FIXED: dict[str, dict[str, Any]] = {
-    "CLIP": {**_OPENAI, **_CUT, "resample": 3},
-    "Bit": {**_OPENAI, **_CUT, "resample": 3},
+    "CLIP": {**OPENAI, **_CUT, "resample": 3},
+    "Bit": {**OPENAI, **_CUT, "resample": 3},
     "Siglip": {**_STANDARD, **_SQUARE, "default_to_square": False, "resample": 3},
     "ViT": {**_STANDARD, **_SQUARE, "resample": 2},
-    "Blip": {**_OPENAI, **_SQUARE, "size": 384, "resample": 3},
+    "Blip": {**OPENAI, **_SQUARE, "size": 384, "resample": 3},
 }
 _FLEXIBLE: dict[str, dict[str, Any]] = {
     "Siglip2": {**_STANDARD, "do_resize": True, "resample": 2, "patch_size": 16, "max_num_patches": 256},
@@ -700,11 +713,8 @@ def _hf_kind(config: Mapping[str, Any]) -> str:
     return kind
 
 
-def _read_hf(config: Mapping[str, Any], kinds: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    kind = _hf_kind(config)
-    if kind not in kinds:
-        raise ConfigError(f"preprocessor config: a {kind} processor is not read here; use load_processor")
-    defaults = kinds[kind]
+def read_fields(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a preprocessor config that have a default, and what is wrong with the others."""
     problems = []
     for field, value in config.items():
         if field in _NO_EFFECT:
@@ -714,10 +724,24 @@ def _read_hf(config: Mapping[str, Any], kinds: Mapping[str, dict[str, Any]]) -> 
             problems.append(f"{field} = {value!r} is not known{did_you_mean(field, [*defaults, *_NO_EFFECT])}")
     if config.get("alpha", "white") not in ("white", "drop"):
         problems.append(f"alpha = {config['alpha']!r} is neither white nor drop")
-    if problems:
-        raise ConfigError("preprocessor config:\n" + "\n".join(f"  - {problem}" for problem in problems))
     # A null field means the class default there too.
-    return {field: default if config.get(field) is None else config[field] for field, default in defaults.items()}
+    read = {field: default if config.get(field) is None else config[field] for field, default in defaults.items()}
+    return read, problems
+
+
+def bad_config(problems: Sequence[str]) -> ConfigError:
+    """What is wrong with a preprocessor config, all of it."""
+    return ConfigError("preprocessor config:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _read_hf(config: Mapping[str, Any], kinds: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    kind = _hf_kind(config)
+    if kind not in kinds:
+        raise ConfigError(f"preprocessor config: a {kind} processor is not read here; use load_processor")
+    read, problems = read_fields(config, kinds[kind])
+    if problems:
+        raise bad_config(problems)
+    return read
 
 
 def _hf_size(size: Any, field: str, *, square: bool) -> Resize:
@@ -740,7 +764,7 @@ def _hf_size(size: Any, field: str, *, square: bool) -> Resize:
     )
 
 
-def _hf_colour(read: Mapping[str, Any]) -> dict[str, Any]:
+def hf_colour(read: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of our processors that concern filter and colour."""
     number = read["resample"]
     if number not in range(len(_FILTERS)):
@@ -761,7 +785,24 @@ def _hf_colour(read: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _colour_to_hf(processor: ImageProcessor | PatchProcessor) -> dict[str, Any]:
+@runtime_checkable
+class Colours(Protocol):
+    """How a processor resamples, rescales and normalises."""
+
+    @property
+    def resample(self) -> Filter: ...
+    @property
+    def rescale(self) -> float: ...
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+    @property
+    def alpha(self) -> Alpha: ...
+
+
+def colour_to_hf(processor: Colours) -> dict[str, Any]:
+    """The inverse of `hf_colour`, with what else every processor of ours does."""
     return {
         "resample": _FILTERS.index(processor.resample),
         "do_rescale": True,
@@ -775,11 +816,12 @@ def _colour_to_hf(processor: ImageProcessor | PatchProcessor) -> dict[str, Any]:
     }
 
 
-def _pillow(name: Filter) -> PILImage.Resampling:
+def pillow_filter(name: Filter) -> PILImage.Resampling:
+    """Pillow's filter of this name."""
     return PILImage.Resampling(_FILTERS.index(name))
 
 
-def _affine(
+def affine(
     rescale: float, mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
     """Rescaling and normalising as one multiplication and one addition."""

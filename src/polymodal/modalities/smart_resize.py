@@ -19,20 +19,22 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from polymodal.core.batch import Batch
-from polymodal.core.errors import ConfigError, MediaError, did_you_mean
+from polymodal.core.errors import ConfigError, MediaError
 from polymodal.core.files import read_json
 from polymodal.core.sample import Video
 from polymodal.modalities.image import (
-    _NO_EFFECT,
-    _OPENAI,
     CLIP_MEAN,
     CLIP_STD,
+    OPENAI,
     Alpha,
     Filter,
     View,
-    _affine,
-    _hf_colour,
-    _pillow,
+    affine,
+    bad_config,
+    colour_to_hf,
+    hf_colour,
+    pillow_filter,
+    read_fields,
 )
 from polymodal.modalities.video import Fps, Sampling, decode, open_video
 
@@ -179,13 +181,13 @@ class SmartResize:
             if not isinstance(medium, Video)
             else (PILImage.fromarray(frame) for _, frame in decode(medium, plan.times))
         )
-        filter = _pillow(self.resample)
+        filter = pillow_filter(self.resample)
         frames = [torch.from_numpy(np.array(picture.resize(plan.size, filter))) for picture in pictures]
         frames += frames[-1:] * (plan.grid[0] * self.temporal_size - len(frames))
         return torch.stack(frames)
 
     def _cut(self, frames: UInt8[Tensor, "frames height width 3"]) -> Float[Tensor, "tokens neighbours patch_dim"]:
-        scale, shift = _affine(self.rescale, self.mean, self.std, frames.device)
+        scale, shift = affine(self.rescale, self.mean, self.std, frames.device)
         return rearrange(
             frames.float().mul_(scale).add_(shift),
             "(t i) (h a p) (w b q) c -> (t h w) (a b) (c i p q)",
@@ -202,14 +204,7 @@ class SmartResize:
         kind = str(config.get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
         if kind not in ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor"):
             raise ConfigError(f"preprocessor config: {config.get('image_processor_type')} is not Qwen2VLImageProcessor")
-        problems = []
-        for field, value in config.items():
-            if field in _NO_EFFECT:
-                if not _NO_EFFECT[field](value):
-                    problems.append(f"{field} = {value!r} asks for a step that ours does not have")
-            elif field not in _HUB:
-                problems.append(f"{field} = {value!r} is not known{did_you_mean(field, [*_HUB, *_NO_EFFECT])}")
-        read = {name: default if config.get(name) is None else config[name] for name, default in _HUB.items()}
+        read, problems = read_fields(config, _HUB)
         if not read["do_resize"]:
             problems.append("do_resize = False leaves pictures that are no whole number of tokens")
         size = read["size"] if isinstance(read["size"], Mapping) else {}
@@ -218,10 +213,10 @@ class SmartResize:
         whole = (*_SIZES, "min_pixels", "max_pixels")
         problems += [f"{n} = {read[n]!r} is not a whole number" for n in whole if type(read[n]) is not int]
         if problems:
-            raise ConfigError("preprocessor config:\n" + "\n".join(f"  - {problem}" for problem in problems))
+            raise bad_config(problems)
         sizes = {ours: read[theirs] for theirs, ours in _SIZES.items()}
         limits = {name: read[name] for name in ("min_pixels", "max_pixels")}
-        return cls(**sizes, **limits, **_hf_colour(read), alpha=read["alpha"])
+        return cls(**sizes, **limits, **hf_colour(read), alpha=read["alpha"])
 
     def to_hf(self) -> dict[str, Any]:
         """A ``preprocessor_config.json`` that transformers reads to the same effect."""
@@ -232,21 +227,13 @@ class SmartResize:
             "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
             "min_pixels": self.min_pixels,
             "max_pixels": self.max_pixels,
-            "resample": int(_pillow(self.resample)),
-            "do_rescale": True,
-            "rescale_factor": self.rescale,
-            "do_normalize": True,
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
-            "do_convert_rgb": True,
-            # Ours alone; transformers has the one rule and takes no notice.
-            **({"alpha": self.alpha} if self.alpha != "white" else {}),
+            **colour_to_hf(self),
         }
 
 
 _SIZES = {"patch_size": "patch_size", "temporal_patch_size": "temporal_size", "merge_size": "merge_size"}
 _HUB: dict[str, Any] = {
-    **_OPENAI, "do_resize": True, "resample": 3, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+    **OPENAI, "do_resize": True, "resample": 3, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
     "min_pixels": None, "max_pixels": None, "default_to_square": False,
     "size": {"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28},
 }  # fmt: skip

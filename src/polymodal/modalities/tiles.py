@@ -15,7 +15,7 @@ from torch import Tensor
 
 from polymodal.core.batch import Batch
 from polymodal.core.errors import ConfigError, MediaError
-from polymodal.modalities.image import Alpha, CenterCrop, Exact, ImageProcessor
+from polymodal.modalities.image import Alpha, CenterCrop, Exact, ImageProcessor, View
 
 
 class Grid(NamedTuple):
@@ -64,6 +64,11 @@ class TileProcessor:
     def alpha(self) -> Alpha:
         """What is made of transparent pixels."""
         return self.colour.alpha
+
+    def view(self, width: int, height: int) -> View:
+        """Where the pixels of the whole, which comes first, lie in an upright picture of that size."""
+        scale = (self.side / width, self.side / height)
+        return View(original=(width, height), seen=(self.side, self.side), scale=scale, offset=(0.0, 0.0))
 
     def tiles(self, picture: PILImage.Image) -> UInt8[Tensor, "tiles 3 side side"]:
         """The tiles of one RGB picture, 8 bits."""

@@ -12,7 +12,6 @@ import io
 import itertools
 import math
 import os
-import stat
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image as PILImage
 
 from polymodal.core.errors import ConfigError, MediaError, MissingDependency, did_you_mean
-from polymodal.core.sample import Video
+from polymodal.core.sample import Image, Text, Video
+from polymodal.modalities.files import check_bytes, open_medium
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
@@ -80,8 +80,19 @@ class Frames:
 
     @property
     def timestamps(self) -> list[str]:
-        """The times as text for a model, e.g. ``12.5 s``."""
-        return [f"{time:.1f} s" for time in self.times]
+        """The times as text for a model, e.g. ``0:12`` or ``1:02:03``; with tenths where frames share a second."""
+        whole = [clock(time) for time in self.times]
+        return whole if len(set(whole)) == len(whole) else [clock(time, tenths=True) for time in self.times]
+
+
+def clock(seconds: float, *, tenths: bool = False) -> str:
+    """A time as a viewer shows it: ``0:12``, ``0:12.5``, ``1:02:03``. Seconds that are not over yet do not count."""
+    parts = math.floor(seconds * (10 if tenths else 1) + 1e-6)
+    whole, part = divmod(parts, 10) if tenths else (parts, 0)
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    start = f"{hours}:{minute:02}" if hours else str(minute)
+    return f"{start}:{second:02}" + (f".{part}" if tenths else "")
 
 
 # ---- decoding ----
@@ -168,6 +179,25 @@ def read(video: Video, sampling: Sampling) -> Frames:
             f"{len(times) * width * height * 3 / 2**30:.1f} GiB at once; ask for fewer, or go through them by `chunks`"
         )
     return _stack(list(decode(video, times)))
+
+
+def frames_of(video: Video, sampling: Sampling, *, times: bool = True) -> list[Text | Image]:
+    """The frames of a clip as pictures, for models that read no clips; before each the time at which it is seen.
+
+    Args:
+        video: the clip, or the piece of it that is meant.
+        sampling: which frames.
+        times: with ``0:12: `` before each picture.
+
+    Raises:
+        MediaError: as `read`.
+    """
+    frames = read(video, sampling)
+    out: list[Text | Image] = []
+    for pixels, stamp in zip(frames.pixels, frames.timestamps, strict=True):
+        picture = Image(pixels, name=f"{video.where} at {stamp}")
+        out += [Text(f"{stamp}: "), picture] if times else [picture]
+    return out
 
 
 def _stack(pairs: Sequence[tuple[float, Picture]]) -> Frames:
@@ -388,7 +418,7 @@ def _stamp(timed: Packet | VideoFrame) -> int | None:
 def _file(video: Video, max_bytes: int) -> Iterator[BinaryIO]:
     where, source = video.where, video.source
     if isinstance(source, bytes | bytearray):
-        _check_bytes(where, len(source), max_bytes)
+        check_bytes(where, len(source), max_bytes)
         yield io.BytesIO(source)
         return
     if not isinstance(source, str | Path):
@@ -396,30 +426,8 @@ def _file(video: Video, max_bytes: int) -> Iterator[BinaryIO]:
             f"{where}: a clip is a path, encoded bytes or a uint8 array (frames, height, width, 3), not "
             f"{type(source).__name__}"
         )
-    if "://" in str(source):
-        raise MediaError(f"{where}: addresses are not fetched; download the clip and pass its path or bytes")
-    try:
-        # Looked at after it is opened, so that it is what is read; opened so that a pipe does not block for ever.
-        file = open(source, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
-    except IsADirectoryError:
-        raise MediaError(f"{where}: is a folder, not a clip") from None
-    except FileNotFoundError:
-        raise MediaError(f"{where}: there is no such file") from None
-    except PermissionError:
-        raise MediaError(f"{where}: may not be read (permission denied)") from None
-    except (OSError, ValueError) as error:
-        raise MediaError(f"{where}: cannot be read") from error
-    with file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
-            raise MediaError(f"{where}: is not a regular file")
-        _check_bytes(where, facts.st_size, max_bytes)
+    with open_medium(source, where=where, medium="clip", max_bytes=max_bytes) as file:
         yield file
-
-
-def _check_bytes(where: str, size: int, limit: int) -> None:
-    if size > limit:
-        raise MediaError(f"{where}: {size:,} bytes are more than the {limit:,} allowed")
 
 
 def _check_size(where: str, width: int, height: int, limit: int) -> None:

@@ -69,6 +69,7 @@ class KVCache:
         self.next_block = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.next_position = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.lengths = [0] * rows
+        self._places: tuple[tuple[int, ...], Tensor] | None = None
 
     @property
     def rows(self) -> int:
@@ -123,16 +124,23 @@ class KVCache:
         start = min(self.lengths)
         if new == 1 and start == longest and (window is None or longest < window):
             return Sight()
-        device = self.block.device
-        old = torch.tensor(self.lengths, device=device)[:, None]
-        place = old + torch.arange(new, device=device)  # of the new tokens in their rows
-        slot = torch.arange(longest + new, device=device)
+        place = self._place(new)
+        slot = torch.arange(longest + new, device=place.device)
         block = self.block[:, : longest + new].scatter(1, place, tokens.block)
-        known = slot < old + tokens.valid.sum(1, keepdim=True)
+        known = slot < place[:, :1] + tokens.valid.sum(1, keepdim=True)
         see = (tokens.block[:, :, None] >= block[:, None, :]) & known[:, None, :]
         if window is not None:
             see &= place[:, :, None] - slot < window
         return Sight(mask=(see | (slot == place[:, :, None])).unsqueeze(1))
+
+    def _place(self, new: int) -> Int[Tensor, "rows new"]:
+        """Where so many new tokens go in their rows: computed once for all layers of a step."""
+        key = (new, *self.lengths)
+        if self._places is None or self._places[0] != key:
+            device = self.block.device
+            start = torch.tensor(self.lengths, device=device)[:, None]
+            self._places = key, start + torch.arange(new, device=device)
+        return self._places[1]
 
     def extend(
         self, layer: int, k: Float[Tensor, "rows heads new head_dim"], v: Float[Tensor, "rows heads new head_dim"]
@@ -144,8 +152,7 @@ class KVCache:
             keys[:, :, longest : longest + new] = k
             values[:, :, longest : longest + new] = v
         else:
-            place = torch.tensor(self.lengths, device=keys.device)[:, None] + torch.arange(new, device=keys.device)
-            index = place[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+            index = self._place(new)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
             keys.scatter_(2, index, k.to(keys.dtype))
             values.scatter_(2, index, v.to(values.dtype))
         return keys[:, :, : longest + new], values[:, :, : longest + new]
@@ -153,8 +160,7 @@ class KVCache:
     def advance(self, tokens: Tokens) -> None:
         """Counts the new tokens as read; called once after the last layer."""
         new = tokens.shape[1]
-        start = torch.tensor(self.lengths, device=self.block.device)[:, None]
-        self.block.scatter_(1, start + torch.arange(new, device=self.block.device), tokens.block)
+        self.block.scatter_(1, self._place(new), tokens.block)
         valid = tokens.valid
         self.next_block = torch.maximum(
             self.next_block, (tokens.block + 1).masked_fill(~valid, 0).amax(1, keepdim=True)

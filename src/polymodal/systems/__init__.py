@@ -38,9 +38,9 @@ TABLE = Registry(
         Entry(
             name="language", module="polymodal.systems.language", cls="LanguageModel",
             model_types=(
-                "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "opt", "gpt2",
+                "llama", "mistral", "qwen", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "opt", "gpt2",
             ),
-            paper="LLaMA: Open and Efficient Foundation Language Models (and nine families more)", year=2023,
+            paper="LLaMA: Open and Efficient Foundation Language Models (and ten families more)", year=2023,
             url="https://arxiv.org/abs/2302.13971", modalities=("text",),
         ),
         Entry(
@@ -74,6 +74,11 @@ TABLE = Registry(
             url="https://arxiv.org/abs/2407.07726", modalities=("image", "text"),
         ),
         Entry(
+            name="prismatic", module="polymodal.systems.prismatic", cls="Prismatic", model_types=("prismatic",),
+            paper="Prismatic VLMs: Investigating the Design Space of Visually-Conditioned Language Models", year=2024,
+            url="https://arxiv.org/abs/2402.07865", modalities=("image", "text"),
+        ),
+        Entry(
             name="blip2", module="polymodal.systems.blip2", cls="BLIP2", model_types=("blip-2",),
             paper="BLIP-2: Language-Image Pre-training with Frozen Image Encoders and Large Language Models", year=2023,
             url="https://arxiv.org/abs/2301.12597", modalities=("image", "text"),
@@ -103,6 +108,17 @@ TABLE = Registry(
             name="qwen2_5_vl", module="polymodal.systems.qwen2_5_vl", cls="Qwen2_5VL", model_types=("qwen2_5_vl",),
             paper="Qwen2.5-VL Technical Report", year=2025, url="https://arxiv.org/abs/2502.13923",
             modalities=("image", "video", "text"),
+        ),
+        Entry(
+            name="composed", module="polymodal.systems.composed", cls="Composed", model_types=("polymodal_composed",),
+            paper="A tower, a connector and a language model of your choice, after Visual Instruction Tuning",
+            year=2023, url="https://arxiv.org/abs/2304.08485", modalities=("image", "text"),
+        ),
+        Entry(
+            name="composed_crossed", module="polymodal.systems.composed_crossed", cls="ComposedCrossed",
+            model_types=("polymodal_crossed",),
+            paper="A tower and a language model of your choice, with gated cross-attention after Flamingo",
+            year=2022, url="https://arxiv.org/abs/2204.14198", modalities=("image", "text"),
         ),
     ),
 )  # fmt: skip

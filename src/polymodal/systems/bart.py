@@ -18,30 +18,20 @@ trained. What every answer begins with is read from config.json alone (``forced_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, final
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from polymodal.backbones.decoder import Learned, Plain
-from polymodal.backbones.encdec import EncDec, EncDecConfig, EncDecMemory, StackConfig, bart_init_, only_text
+from polymodal.backbones.encdec import EncDecConfig, StackConfig, bart_init_
 from polymodal.backbones.encdec_families import bart_rules, read_bart, read_id, read_stop, write_bart, write_stop
-from polymodal.core.batch import Batch, Loss
-from polymodal.core.chat import Chat
-from polymodal.core.errors import ConfigError, UnsupportedError
-from polymodal.core.sample import Sample
 from polymodal.core.verbs import TensorSpec
-from polymodal.heads.lm import IGNORE, next_token_loss
 from polymodal.nn.norm import Layer
-from polymodal.systems.base import Format, Reference, System
-from polymodal.tokenizers.language import LanguageTokenizer
+from polymodal.systems.reader import EncoderDecoder
 from polymodal.weights.fields import Fields
-from polymodal.weights.format import different_fields
+from polymodal.weights.format import Format, Reference, write_whole
 from polymodal.weights.rules import Rule
 
 
@@ -77,15 +67,10 @@ PRESETS = {
 
 
 @final
-class BART(System):
+class BART(EncoderDecoder):
     """A denoising sequence-to-sequence Transformer."""
 
     config: BARTConfig
-    tokenizer: LanguageTokenizer | None = None  # type: ignore[assignment]
-
-    def __init__(self, config: BARTConfig) -> None:
-        super().__init__(config)
-        self.backbone = EncDec(config.backbone)
 
     def init_weights(self) -> None:
         """fairseq's scheme."""
@@ -101,63 +86,9 @@ class BART(System):
             "labels": TensorSpec(shape=(min(7, length),), dtype=torch.int64, high=c.vocab_size),
         }
 
-    def _vectors(self, batch: Batch) -> Float[Tensor, "batch tokens dim"]:
-        b = self.backbone
-        return b(b.text(batch["ids"], batch.get("valid")), b.target(b.shift(batch["labels"]))).x
-
-    def forward(self, batch: Batch) -> Float[Tensor, "batch tokens vocab"]:
-        """Scores of each label, given the text and the labels before it."""
-        return self.backbone.logits(self._vectors(batch))
-
-    def loss(self, batch: Batch) -> Loss:
-        """Cross-entropy of the labels that are not -100."""
-        # The loss shifts by one, and the decoder's input was shifted already.
-        vectors, labels = F.pad(self._vectors(batch), (0, 0, 0, 1)), F.pad(batch["labels"], (1, 0), value=IGNORE)
-        return next_token_loss(vectors, labels, self.backbone.logits)
-
-    def count(self, sample: Sample) -> int:
-        """Tokens that the encoder reads of the texts of a sample."""
-        return sum(len(self._ids(part.text)) for part in sample.texts)
-
-    def load_processors(self, folder: Path) -> None:
-        if (folder / "tokenizer.json").is_file():
-            self.tokenizer = LanguageTokenizer.from_folder(folder)
-
-    def _ids(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise UnsupportedError(f"BART ({self.source}) reads no text: no tokenizer.json was beside its weights")
-        return self.tokenizer.encode(text, special=True)
-
-    # -- the Generates protocol
-
     @property
-    def vocab_size(self) -> int:
-        return self.config.backbone.vocab_size
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        return self.config.stop
-
-    def prompt(self, chats: Sequence[Chat]) -> Batch:
-        """What the encoder reads of each question.
-
-        Raises:
-            MediaError: a chat is more than one text of a user, empty, or too long.
-            UnsupportedError: no tokenizer was beside the weights.
-        """
-        return self.backbone.prompt([self._ids(only_text(chat)) for chat in chats])
-
-    def new_memory(self, rows: int, capacity: int) -> EncDecMemory:
-        """Room for ``capacity`` tokens of the answer; the prompt is read by the encoder and takes none of it."""
-        return self.backbone.new_memory(rows, capacity)
-
-    def prefill(self, batch: Batch, memory: EncDecMemory) -> Float[Tensor, "rows vocab"]:
-        batch = batch.to(self.device)
-        forced = () if self.config.forced_id is None else (self.config.forced_id,)
-        return self.backbone.prefill(self.backbone.text(batch["ids"], batch.get("valid")), memory, forced)
-
-    def step(self, ids: Int[Tensor, " rows"], memory: EncDecMemory) -> Float[Tensor, "rows vocab"]:
-        return self.backbone.step(ids, memory)
+    def forced_ids(self) -> tuple[int, ...]:
+        return () if self.config.forced_id is None else (self.config.forced_id,)
 
     reference = Reference(
         package="transformers", cls="BartForConditionalGeneration",
@@ -178,10 +109,7 @@ def read_hf(raw: Mapping[str, Any]) -> tuple[BARTConfig, dict[str, str]]:
 def write_hf(c: BARTConfig) -> dict[str, Any]:
     forced = {} if c.forced_id is None else {"forced_bos_token_id": c.forced_id}
     raw = {"model_type": "bart"} | write_stop(c.stop) | forced | write_bart(c.backbone)
-    lost = different_fields(c, read_hf(raw)[0])
-    if lost:
-        raise ConfigError(f"the Hub's format has no field for {', '.join(lost)} of this config")
-    return raw
+    return write_whole(c, raw, read_hf)
 
 
 def rules_hf(config: BARTConfig) -> list[Rule]:

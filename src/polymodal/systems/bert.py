@@ -19,11 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -36,14 +34,12 @@ from polymodal.backbones.encdec_families import (
     write_bert,
 )
 from polymodal.core.batch import Batch, Loss
-from polymodal.core.errors import ConfigError, UnsupportedError
-from polymodal.core.sample import Sample
+from polymodal.core.errors import UnsupportedError
 from polymodal.core.verbs import TensorSpec
-from polymodal.heads.lm import IGNORE, next_token_loss
-from polymodal.systems.base import Format, Reference, System
-from polymodal.tokenizers.language import LanguageTokenizer
+from polymodal.heads.lm import ahead, next_token_loss
+from polymodal.systems.reader import Reader
 from polymodal.weights.fields import Fields
-from polymodal.weights.format import different_fields
+from polymodal.weights.format import Format, Reference, write_whole
 from polymodal.weights.rules import Rule, drop, rule
 
 
@@ -69,11 +65,10 @@ PRESETS = {
 
 
 @final
-class BERT(System):
+class BERT(Reader):
     """Bidirectional encoder representations from Transformers."""
 
     config: BERTConfig
-    tokenizer: LanguageTokenizer | None = None  # type: ignore[assignment]
 
     def __init__(self, config: BERTConfig) -> None:
         super().__init__(config)
@@ -106,19 +101,6 @@ class BERT(System):
         vectors = self.vectors(batch)
         return self._scores(vectors) if self.pool is None else self.pool(vectors)
 
-    def count(self, sample: Sample) -> int:
-        """Tokens of the texts of a sample, each with [CLS] and [SEP]."""
-        return sum(len(self._ids(part.text)) for part in sample.texts)
-
-    def load_processors(self, folder: Path) -> None:
-        if (folder / "tokenizer.json").is_file():
-            self.tokenizer = LanguageTokenizer.from_folder(folder)
-
-    def _ids(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise UnsupportedError(f"BERT ({self.source}) reads no text: no tokenizer.json was beside its weights")
-        return self.tokenizer.encode(text, special=True)
-
     def loss(self, batch: Batch) -> Loss:
         """Cross-entropy of the words at the masked places; labels are -100 elsewhere.
 
@@ -127,9 +109,7 @@ class BERT(System):
         """
         if self.head is None:
             raise UnsupportedError(f"BERT ({self.source}) has no head of masked words, so it has no loss")
-        # The loss is that of next tokens, which shifts by one.
-        vectors, labels = F.pad(self.vectors(batch), (0, 0, 0, 1)), F.pad(batch["labels"], (1, 0), value=IGNORE)
-        return next_token_loss(vectors, labels, self._scores)
+        return next_token_loss(*ahead(self.vectors(batch), batch["labels"]), self._scores)
 
     def _scores(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
         assert self.head is not None
@@ -157,10 +137,7 @@ def read_hf(raw: Mapping[str, Any]) -> tuple[BERTConfig, dict[str, str]]:
 def write_hf(c: BERTConfig) -> dict[str, Any]:
     architecture = _MASKED if c.output == "masked words" else _BASE
     raw = {"architectures": [architecture], "model_type": "bert"} | write_bert(c.text)
-    lost = different_fields(c, read_hf(raw)[0])
-    if lost:
-        raise ConfigError(f"the Hub's format has no field for {', '.join(lost)} of this config")
-    return raw
+    return write_whole(c, raw, read_hf)
 
 
 def rules_hf(config: BERTConfig) -> list[Rule]:

@@ -19,35 +19,30 @@ precision of the whole (official: fp16).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from PIL import Image as PILImage
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 
-from polymodal.backbones.decoder import Decoder, DecoderConfig
-from polymodal.backbones.encdec import EncDec, EncDecConfig, EncDecMemory, t5_init_
+from polymodal.backbones.decoder import DecoderConfig
+from polymodal.backbones.encdec import EncDecConfig
 from polymodal.backbones.encdec_families import read_t5, t5_rules, write_t5
 from polymodal.backbones.families import FAMILIES, ControlIds
 from polymodal.connectors.qformer import QFormerConfig, QueryConnector
-from polymodal.core.batch import Batch, Loss
+from polymodal.core.batch import Batch
 from polymodal.core.chat import Chat
 from polymodal.core.errors import MediaError, UnsupportedError
-from polymodal.core.tokens import Modality, Tokens
 from polymodal.core.verbs import TensorSpec
 from polymodal.encoders.frozen import FrozenViT
 from polymodal.encoders.vision_families import VISION_FAMILIES
 from polymodal.encoders.vit import ViTConfig
-from polymodal.heads.lm import IGNORE, next_token_loss
+from polymodal.heads.lm import IGNORE
 from polymodal.modalities.image import CLIP_MEAN, CLIP_STD, Exact, ImageProcessor
-from polymodal.nn.cache import KVCache
-from polymodal.systems.generator import Generator
+from polymodal.systems.seq2seq import EitherGenerator
 from polymodal.weights.fields import Fields
 from polymodal.weights.format import Format, Reference
 from polymodal.weights.layouts import qformer_rules, read_qformer, write_qformer
@@ -75,7 +70,7 @@ class BLIP2Config:
 
 
 @final
-class BLIP2(Generator):
+class BLIP2(EitherGenerator):
     """A frozen tower and a frozen language model with a Q-Former between them."""
 
     config: BLIP2Config
@@ -86,26 +81,15 @@ class BLIP2(Generator):
         c = config
         self.vision = FrozenViT(c.vision)
         self.connector = QueryConnector(c.qformer, c.vision.dim, c.backbone.dim)
-        # An encoder-decoder answers by the methods below, which leave out what `Generator` does with a decoder.
-        backbone = Decoder(c.backbone) if isinstance(c.backbone, DecoderConfig) else EncDec(c.backbone)
-        self.backbone = backbone  # type: ignore[assignment]
+        self.add_backbone(c.backbone)
         self.backbone.requires_grad_(False)
         self.media_id, self.stop_ids = c.image_id, c.control.stop
-
-    @property
-    def seq2seq(self) -> EncDec | None:
-        """The language model, if it is an encoder-decoder."""
-        backbone: nn.Module = self.backbone
-        return backbone if isinstance(backbone, EncDec) else None
 
     @torch.no_grad()
     def init_weights(self) -> None:
         TOWER.init(self.vision)
         self.connector.init_weights()
-        if self.seq2seq is None:
-            self.backbone.init_weights()
-        else:
-            t5_init_(self.seq2seq)
+        self.init_backbone()
 
     def train(self, mode: bool = True) -> BLIP2:
         super().train(mode)
@@ -130,42 +114,12 @@ class BLIP2(Generator):
     # -- reading
 
     def see(self, pictures: Sequence[PILImage.Image]) -> tuple[list[list[int]], Batch]:
-        if not isinstance(self.images, ImageProcessor):
-            raise UnsupportedError(f"{self.source} has no image processor")
-        spelled = [[self.config.image_id] * self.config.qformer.num_queries for _ in pictures]
-        return spelled, Batch(pixels=self.images.from_pil(pictures), pixels_row=torch.arange(len(pictures)))
+        return self.see_whole(pictures, self.config.qformer.num_queries)
 
     def features(self, batch: Batch) -> Float[Tensor, "features dim"]:
         return self.connector(self.vision(batch["pixels"]).x).flatten(0, 1)
 
-    def layout(self, batch: Batch, x: Float[Tensor, "batch tokens dim"]) -> Tokens:
-        return Tokens.of(x, causal=self.seq2seq is None, modality=Modality.TEXT, valid=batch.get("valid"))
-
-    def _answer(self, model: EncDec, batch: Batch) -> Float[Tensor, "batch tokens dim"]:
-        return model(self.read(batch), model.target(model.shift(batch["labels"]))).x
-
-    def forward(self, batch: Batch) -> Float[Tensor, "batch tokens vocab"]:
-        """Scores of the token after each; of each label with an encoder-decoder, whose labels are a text of their own.
-
-        The ``labels`` of a decoder are as long as its ``ids``.
-        """
-        model = self.seq2seq
-        return super().forward(batch) if model is None else model.logits(self._answer(model, batch))
-
-    def loss(self, batch: Batch) -> Loss:
-        """Cross-entropy of the labels that are not `IGNORE`."""
-        model = self.seq2seq
-        if model is None:
-            return super().loss(batch)
-        # The loss shifts by one, and the decoder's input was shifted already.
-        vectors, labels = F.pad(self._answer(model, batch), (0, 0, 0, 1)), F.pad(batch["labels"], (1, 0), value=IGNORE)
-        return next_token_loss(vectors, labels, model.logits)
-
     # -- prompts
-
-    @property
-    def context(self) -> int:
-        return super().context if self.seq2seq is None else sys.maxsize  # relative positions have no end
 
     def write_prompt(self, chat: Chat) -> list[int]:
         """``picture <start> text`` (OPT) or ``picture text </s>`` (T5): text as its tokenizer frames it."""
@@ -175,46 +129,9 @@ class BLIP2(Generator):
             raise MediaError("BLIP-2 goes on from one picture and one text of a user, e.g. 'Question: ... Answer:'")
         return [self.config.image_id, *self.tokenizer.encode(chat.turns[0].text, special=True)]
 
-    def lesson(self, chats: Sequence[Chat]) -> Batch:
-        if self.seq2seq is None:
-            return super().lesson(chats)
-        for chat in chats:
-            if len(chat.turns) != 2 or chat.turns[1].role != "assistant":
-                raise MediaError("BLIP-2 learns from one question, or none, and one answer about a picture")
-        answers = [torch.tensor(self.write_answer(chat)) for chat in chats]
-        asked = self.prompt([replace(chat, turns=chat.turns[:1]) for chat in chats])
-        return Batch(asked | {"labels": pad_sequence(answers, batch_first=True, padding_value=IGNORE)})
-
     def default_images(self) -> ImageProcessor:
         side = self.config.vision.image_size
         return ImageProcessor(resize=Exact(height=side, width=side), mean=CLIP_MEAN, std=CLIP_STD)
-
-    # -- generation
-
-    def new_memory(self, rows: int, capacity: int) -> KVCache:
-        return super().new_memory(rows, capacity) if self.seq2seq is None else self.seq2seq.new_memory(rows, capacity)
-
-    @torch.no_grad()
-    def prefill(self, batch: Batch, memory: KVCache) -> Float[Tensor, "rows vocab"]:
-        if self.seq2seq is None:
-            return super().prefill(batch, memory)
-        assert isinstance(memory, EncDecMemory)
-        return self.seq2seq.prefill(self.read(batch.to(self.device)), memory)
-
-    def plain_from(self, batch: Batch) -> int:
-        """An encoder reads a prompt both ways: none of it can be read by itself."""
-        return super().plain_from(batch) if self.seq2seq is None else int(batch["ids"].shape[1])
-
-    def resume(self, ids: Int[Tensor, "rows tokens"], memory: KVCache) -> Float[Tensor, "rows vocab"]:
-        if self.seq2seq is not None:
-            raise UnsupportedError("the encoder of T5 reads a prompt at once, not in pieces")
-        return super().resume(ids, memory)
-
-    def step(self, ids: Int[Tensor, " rows"], memory: KVCache) -> Float[Tensor, "rows vocab"]:
-        if self.seq2seq is None:
-            return super().step(ids, memory)
-        assert isinstance(memory, EncDecMemory)
-        return self.seq2seq.step(ids, memory)
 
     reference = Reference(
         package="transformers", cls="Blip2ForConditionalGeneration",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,16 +14,14 @@ from polymodal.backbones.decoder import Decoder, DecoderConfig
 from polymodal.backbones.families import ControlIds
 from polymodal.connectors.gated import GatedBlock, GatedConfig, MediaCache, MediaSight
 from polymodal.connectors.resampler import Resampler, ResamplerConfig
-from polymodal.core.batch import Batch, Loss
+from polymodal.core.batch import Batch
 from polymodal.core.chat import Chat
 from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
 from polymodal.core.sample import Image, Text
 from polymodal.core.tokens import Modality, Tokens
 from polymodal.core.verbs import TensorSpec
-from polymodal.encoders.vision_families import VISION_FAMILIES
+from polymodal.encoders.fresh import init_tower
 from polymodal.encoders.vit import ViT, ViTConfig
-from polymodal.heads.lm import next_token_loss
-from polymodal.modalities.image import ImageProcessor
 from polymodal.nn.cache import KVCache
 from polymodal.systems.generator import Generator
 
@@ -104,7 +102,7 @@ class CrossedGenerator(Generator):
     @torch.no_grad()
     def init_weights(self, std: float | None = None) -> None:
         """Closed gates, latents of deviation one; other new layers normal with ``std``, or as torch has them."""
-        VISION_FAMILIES[TOWER].init(self.vision)
+        init_tower(self.vision)
         self.backbone.init_weights()
         if self.resampler is not None:
             self.resampler.init_weights(std)
@@ -138,7 +136,7 @@ class CrossedGenerator(Generator):
             return x
         return torch.where((ids >= old).unsqueeze(-1), self.new_tokens((ids - old).clamp(min=0)), x)
 
-    def logits(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
+    def scores(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
         """Scores of the next token from vectors after the last norm."""
         scores = self.backbone.logits(x)
         if self.new_tokens is None:
@@ -149,10 +147,7 @@ class CrossedGenerator(Generator):
     # -- pictures
 
     def see(self, pictures: Sequence[PILImage.Image]) -> tuple[list[list[int]], Batch]:
-        if not isinstance(self.images, ImageProcessor):
-            raise UnsupportedError(f"{self.source} has no image processor")
-        media = Batch(pixels=self.images.from_pil(pictures), pixels_row=torch.arange(len(pictures)))
-        return [[self.config.image_id]] * len(pictures), media
+        return self.see_whole(pictures, 1)
 
     def features(self, batch: Batch) -> Float[Tensor, "pictures features source"]:
         """What text sees of each picture: one entry for each `media_id`, unlike in models that put features there."""
@@ -177,7 +172,8 @@ class CrossedGenerator(Generator):
         if counts.tolist() != places.tolist():
             raise MediaError(f"rows with {places.tolist()} places for pictures, and {counts.tolist()} pictures")
         if not len(row):
-            return None
+            # A picture that no text sees, since no place for one stands before it.
+            return self.features(self.blank()).flatten(0, 1).expand(len(places), -1, -1) if self.must_see else None
         x = self.features(batch)
         index = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
         out = x.new_zeros(len(places), int(counts.max()), *x.shape[1:])
@@ -205,6 +201,8 @@ class CrossedGenerator(Generator):
         media: Float[Tensor, "batch keys source"] | None = None,
         last: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
+        if self.backbone.packed:
+            raise UnsupportedError(f"{type(self).__name__} sees pictures row by row: its rows cannot be packed")
         number = {layer: i for i, layer in enumerate(self.config.gated_layers)}
         x = self.backbone.enter(tokens)
         views = self.backbone.views(tokens, memory)
@@ -226,10 +224,10 @@ class CrossedGenerator(Generator):
         return self.backbone.norm(x)
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch tokens vocab"]:
-        return self.logits(self.read_prompt(batch))
+        return self.scores(self.read_prompt(batch))
 
-    def loss(self, batch: Batch) -> Loss:
-        return next_token_loss(self.read_prompt(batch), batch["labels"], self.logits)
+    def supervised(self, batch: Batch) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        return self.read_prompt(batch), batch["labels"], self.scores
 
     # -- prompts
 
@@ -263,19 +261,19 @@ class CrossedGenerator(Generator):
         batch = batch.to(self.device)
         x = self.read_prompt(batch, memory)
         last = batch.get("valid", torch.ones_like(batch["ids"])).sum(1) - 1
-        return self.logits(x[torch.arange(len(x), device=x.device), last]).float()
+        return self.scores(x[torch.arange(len(x), device=x.device), last]).float()
 
     @torch.no_grad()
     def resume(self, ids: Int[Tensor, "rows tokens"], memory: KVCache) -> Float[Tensor, "rows vocab"]:
         assert isinstance(memory, MediaCache)
         tokens = Tokens.of(self.embed(ids.to(self.device)), causal=True, modality=Modality.TEXT)
-        return self.logits(self.read_on(memory.after(tokens), memory)[:, -1]).float()
+        return self.scores(self.read_on(memory.after(tokens), memory)[:, -1]).float()
 
     @torch.no_grad()
     def step(self, ids: Int[Tensor, " rows"], memory: KVCache) -> Float[Tensor, "rows vocab"]:
         assert isinstance(memory, MediaCache)
         x = self.embed(ids.to(self.device)[:, None])
-        return self.logits(self.read_on(memory.next_tokens(x, Modality.TEXT), memory)[:, 0]).float()
+        return self.scores(self.read_on(memory.next_tokens(x, Modality.TEXT), memory)[:, 0]).float()
 
 
 def parts_of(chat: Chat) -> Iterator[tuple[str, str | Image]]:

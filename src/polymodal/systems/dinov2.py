@@ -33,12 +33,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from polymodal.core.batch import Batch, Loss
 from polymodal.core.errors import ConfigError, UnsupportedError
 from polymodal.core.sample import Sample
 from polymodal.core.verbs import TensorSpec
+from polymodal.encoders.timm import init_timm
 from polymodal.encoders.vit import ViT, ViTConfig
 from polymodal.heads.distillation import (
     DistillationConfig,
@@ -113,19 +114,7 @@ class DINOv2(Embedder):
     @torch.no_grad()
     def init_weights(self) -> None:
         """timm's scheme for ViTs: truncated normals of 0.02; class token 1e-6, mask token zero."""
-        v = self.vision
-        assert v.class_token is not None
-        assert v.mask_token is not None
-        nn.init.trunc_normal_(v.position, std=0.02)
-        nn.init.normal_(v.class_token, std=1e-6)
-        nn.init.zeros_(v.mask_token)
-        if v.registers is not None:
-            nn.init.normal_(v.registers, std=1e-6)
-        for module in v.modules():  # the patch convolution keeps torch's default, as the official one does
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_timm(self.vision)
         if self.config.objective is not None:
             self._start()
 

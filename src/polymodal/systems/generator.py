@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,25 +13,22 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image as PILImage
 from torch import Tensor
 
-from polymodal.backbones.decoder import Decoder, DecoderConfig
-from polymodal.backbones.families import FAMILIES, ControlIds
-from polymodal.connectors.mlp import MLP, Connector, init_connector
+from polymodal.backbones.decoder import Decoder
 from polymodal.core.batch import Batch, Loss
 from polymodal.core.chat import Chat
+from polymodal.core.distributed import is_distributed
 from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
 from polymodal.core.sample import Image, Sample, Text, Video
 from polymodal.core.tokens import Modality, Tokens
-from polymodal.encoders.vision_families import VISION_FAMILIES
-from polymodal.encoders.vit import ViT, ViTConfig
-from polymodal.heads.lm import IGNORE, next_token_loss
-from polymodal.modalities.image import decode
+from polymodal.heads.lm import IGNORE, next_token_log_probs, next_token_loss
+from polymodal.modalities.image import ImageProcessor, decode_still
+from polymodal.modalities.marks import Notation
+from polymodal.modalities.stacked import StackedProcessor
 from polymodal.nn.cache import KVCache
 from polymodal.nn.feature_cache import FeatureCache, content_key
 from polymodal.systems.base import System
 from polymodal.tokenizers.chat import ChatTemplate, Placeholder
 from polymodal.tokenizers.language import LanguageTokenizer
-from polymodal.weights.fields import ACTIVATIONS, Fields
-from polymodal.weights.rules import Rule, rule
 
 
 class Generator(System):
@@ -47,7 +45,8 @@ class Generator(System):
     stop_ids: tuple[int, ...] = ()
     media_id: int | None = None
     clip_id: int | None = None  # of a system that reads clips
-    has_template: ClassVar[bool] = True  # prompts are written by the checkpoint's chat template
+    has_template: bool = True  # prompts are written by the checkpoint's chat template
+    notation: ClassVar[Notation | None] = None  # of boxes and points in its answers
     feature_cache: FeatureCache | None = None  # set it, and the same media go through their tower once
 
     @property
@@ -59,6 +58,17 @@ class Generator(System):
         """The longest prompt in tokens."""
         return self.backbone.config.context
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights, the config, the pre-processing, the chat template and the tokens that end an answer."""
+        t = self.template
+        written = (super().fingerprint, None if t is None else (t.source, t.with_tools), self.stop_ids)
+        return hashlib.sha256(repr(written).encode()).hexdigest()[:16]
+
+    def room(self, batch: Batch) -> list[int]:
+        """The tokens that an answer to each prompt of a batch may have."""
+        return [self.context - length for length in batch["valid"].sum(1).tolist()]
+
     # -- what subclasses with media give
 
     def see(self, pictures: Sequence[PILImage.Image]) -> tuple[list[list[int]], Batch]:
@@ -68,6 +78,14 @@ class Generator(System):
         `clip_id` also takes `Video`s among the pictures; their frames, which may not fit in memory, it decodes itself.
         """
         raise UnsupportedError(f"{type(self).__name__} reads no pictures")
+
+    def see_whole(self, pictures: Sequence[PILImage.Image], tokens: int) -> tuple[list[list[int]], Batch]:
+        """`see` where each picture is read whole, in one size, and becomes so many tokens."""
+        if not isinstance(self.images, ImageProcessor | StackedProcessor):
+            raise UnsupportedError(f"{self.source} has no image processor")
+        assert self.media_id is not None
+        media = Batch(pixels=self.images.from_pil(pictures), pixels_row=torch.arange(len(pictures)))
+        return [[self.media_id] * tokens for _ in pictures], media
 
     def features(self, batch: Batch) -> Float[Tensor, "features dim"]:
         """The vectors of all media of a batch, in order, as the backbone reads them."""
@@ -93,10 +111,23 @@ class Generator(System):
         places = self.places(ids)
         # The table may have no row for the placeholder: what stands there is replaced.
         tokens = self.layout(batch, self.backbone.embed(ids.masked_fill(places, 0)))
-        if not any(name.endswith("_row") for name in batch):
+        if not any(len(tensor) for name, tensor in batch.items() if name.endswith("_row")):
             assert not bool(places.any()), "places for media, and no media in the batch"
-            return tokens
+            return tokens.with_x(tokens.x + self.features(self.blank()).sum() * 0.0) if self.must_see else tokens
         return tokens.scatter(places, self._known_features(batch))
+
+    @property
+    def must_see(self) -> bool:
+        """Whether the tower has to run for a batch without media, too.
+
+        Where several processes train together, each has to give every parameter a gradient (DDP) and to gather every
+        block (FSDP), whatever is in its rows.
+        """
+        return self.training and torch.is_grad_enabled() and self.media_id is not None and is_distributed()
+
+    def blank(self) -> Batch:
+        """The tensors of one black picture, which belongs to the first row."""
+        return self.see([PILImage.new("RGB", (32, 32))])[1].to(self.device)
 
     def _known_features(self, batch: Batch) -> Tensor:
         """`features`, or what was computed for the same media before."""
@@ -115,9 +146,17 @@ class Generator(System):
     def forward(self, batch: Batch) -> Float[Tensor, "batch tokens vocab"]:
         return self.backbone.logits(self.backbone(self.read(batch)).x)
 
+    def supervised(self, batch: Batch) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """Vectors after the last norm, a label for each, and the output layer: `loss` and `log_probs` read them."""
+        return self.backbone(self.read(batch)).x, batch["labels"], self.backbone.logits
+
     def loss(self, batch: Batch) -> Loss:
-        """Of the next token: of ``labels``, `IGNORE` where nothing is learned."""
-        return next_token_loss(self.backbone(self.read(batch)).x, batch["labels"], self.backbone.logits)
+        """Of the next token: of ``labels``, `IGNORE` where nothing is learned, weighted by the rows' ``weights``."""
+        return next_token_loss(*self.supervised(batch), batch.get("weights"))
+
+    def log_probs(self, batch: Batch) -> Float[Tensor, "batch tokens"]:
+        """Of each label given what stands before it, in fp32; 0 where nothing is learned."""
+        return next_token_log_probs(*self.supervised(batch))
 
     # -- prompts
 
@@ -129,7 +168,24 @@ class Generator(System):
                 f"{type(self).__name__} ({self.source}) has no {lacks}: its folder lacks tokenizer.json, or "
                 "chat_template.jinja (set model.tokenizer and model.template)"
             )
-        return self.template.tokenize(chat, self.tokenizer)
+        return self._by_template(chat)
+
+    def _by_template(self, chat: Chat, *, add_generation_prompt: bool = True) -> list[int]:
+        """What the chat template writes; a `MediaError` if it leaves out the tools, or calls of them."""
+        assert self.template is not None
+        assert self.tokenizer is not None
+        others = [replace(chat, tools=())] if chat.tools else []
+        if any(turn.calls for turn in chat.turns):
+            named = [tuple(replace(call, name=f"{call.name}_") for call in turn.calls) for turn in chat.turns]
+            turns = tuple(replace(turn, calls=calls) for turn, calls in zip(chat.turns, named, strict=True))
+            others.append(replace(chat, turns=turns))
+        ids, *rest = (
+            self.template.tokenize(each, self.tokenizer, add_generation_prompt=add_generation_prompt)
+            for each in (chat, *others)
+        )
+        if ids in rest:
+            raise MediaError(f"the chat template of {self.source} has no place for tools, or for calls of them")
+        return ids
 
     def prompt(self, chats: Sequence[Chat]) -> Batch:
         """Prompts padded at the end, with the tensors of their pictures.
@@ -172,15 +228,23 @@ class Generator(System):
         assert self.tokenizer is not None
         if not self.stop_ids:
             raise ConfigError(f"{self.source} names no token that ends an answer")
-        end = self.stop_ids[0]
+        end, said = self.stop_ids[0], self.tokenizer.encode(chat.turns[-1].text, special=False)
         if self.template is not None:
-            written = self.template.tokenize(chat, self.tokenizer, add_generation_prompt=False)
+            written = self._by_template(chat, add_generation_prompt=False)
             end = next((i for i in reversed(written) if i in self.stop_ids), end)
-        return [*self.tokenizer.encode(chat.turns[-1].text, special=False), end]
+            if chat.turns[-1].calls:
+                asked = self._by_template(replace(chat, turns=chat.turns[:-1]))
+                if written[: len(asked)] != asked:
+                    raise ConfigError("the chat template does not write calls of tools behind its prompt")
+                said = written[len(asked) :]
+                said = said[: len(said) - 1 - said[::-1].index(end)] if end in said else said
+        return [*said, end]
 
     def _assemble(
         self, chats: Sequence[Chat], rows: Sequence[list[int]], marks: Sequence[list[bool]] | None = None
     ) -> Batch:
+        if self.template is None and any(chat.tools or any(turn.calls for turn in chat.turns) for chat in chats):
+            raise MediaError(f"{type(self).__name__} ({self.source}) knows no tools, and no calls of them")
         parts = [[part for turn in chat.turns for part in turn.parts if not isinstance(part, Text)] for chat in chats]
         spelled, media = self._see([part for row in parts for part in row])
         queue = iter(spelled)
@@ -229,7 +293,7 @@ class Generator(System):
 
     def picture(self, image: Image) -> PILImage.Image:
         """A picture, decoded as the system's image processor wants what is transparent to be treated."""
-        return decode(image, alpha=getattr(self.images, "alpha", "white"))
+        return decode_still(image, alpha="white" if self.images is None else self.images.alpha)
 
     def _see(self, parts: Sequence[Image | Video]) -> tuple[list[list[int]], Batch]:
         for part in parts:
@@ -298,128 +362,3 @@ class Generator(System):
         """Reads one more token a row; scores of the next, in fp32."""
         x = self.backbone.embed(ids.to(self.device)[:, None])
         return self.backbone.logits(self.backbone(memory.next_tokens(x, Modality.TEXT), memory).x[:, 0]).float()
-
-
-# -------------------- a tower, a connector and a decoder: the LLaVA family
-
-
-@dataclass(frozen=True, kw_only=True)
-class TowerConfig:
-    """A tower, a connector and a decoder.
-
-    Attributes:
-        vision_family: the `model_type` under whose names the Hub keeps the tower.
-        layers: how many of the tower's layers are read.
-        keep_class: whether the class token is a feature, too.
-        family: the `model_type` of the language model.
-        image_id: the token in whose place a feature is put.
-    """
-
-    vision_family: str
-    vision: ViTConfig
-    layers: int
-    connector: Connector
-    family: str
-    backbone: DecoderConfig
-    image_id: int
-    control: ControlIds = field(default_factory=ControlIds)
-    keep_class: bool = False
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.layers <= self.vision.num_layers:
-            raise ConfigError(f"features of layer {self.layers} of a tower of {self.vision.num_layers}")
-        if not 0 <= self.image_id < self.backbone.vocab_size:
-            raise ConfigError(f"the placeholder {self.image_id} is not in a vocabulary of {self.backbone.vocab_size}")
-
-    @property
-    def num_features(self) -> int:
-        """Vectors that a picture becomes."""
-        prefix = 0 if self.keep_class else self.vision.num_prefix
-        side = self.vision.image_size
-        return self.connector.count(self.vision.count(side, side) - prefix)
-
-
-class TowerGenerator(Generator):
-    """Base of the LLaVA family: `TowerConfig`'s parts, built and initialised."""
-
-    config: TowerConfig
-
-    def __init__(self, config: TowerConfig) -> None:
-        super().__init__(config)
-        c = config
-        self.vision = ViT(c.vision)
-        self.connector = c.connector.build(c.vision.dim, c.backbone.dim)
-        self.backbone = Decoder(c.backbone)
-        self.media_id, self.stop_ids = c.image_id, c.control.stop
-        # Nothing reads them; they are kept for the file's sake.
-        self.vision.blocks[c.layers :].requires_grad_(False)
-        self.vision.norm.requires_grad_(False)
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        VISION_FAMILIES[self.config.vision_family].init(self.vision)
-        init_connector(self.connector)
-        self.backbone.init_weights()
-
-    def write_prompt(self, chat: Chat) -> list[int]:
-        """As the Hub's processors of this family do: the token that begins every text comes first."""
-        ids = super().write_prompt(chat)
-        assert self.tokenizer is not None
-        start = list(self.tokenizer.prefix)
-        return ids if ids[: len(start)] == start else start + ids
-
-    def project(self, pixels: Float[Tensor, "images channels height width"]) -> Float[Tensor, "images tokens dim"]:
-        """The features of pictures or tiles, as the backbone reads them."""
-        x = self.vision(pixels, layers=self.config.layers).x
-        return self.connector(x if self.config.keep_class else x[:, self.config.vision.num_prefix :])
-
-
-def read_parts(f: Fields) -> dict[str, Any]:
-    """What LLaVA and LLaVA-NeXT have in common, from the fields of their configs."""
-    v, t = f.child("vision_config"), f.child("text_config")
-    tower = VISION_FAMILIES[v.choose("model_type", {n: n for n in VISION_FAMILIES}, "clip_vision_model")]
-    family = FAMILIES[t.choose("model_type", {n: n for n in FAMILIES}, "llama")]
-    vision, backbone = tower.read(v), family.read(t)
-    layer = f.take("vision_feature_layer", int, -2, least=-vision.num_layers - 1)
-    select = f.choose("vision_feature_select_strategy", {"default": False, "full": True}, "default")
-    if not (select or vision.class_token):
-        f.problems.append("vision_feature_select_strategy default drops a patch of a tower without class token")
-    f.ignore("it follows from the tower and the connector", "image_seq_length")
-    f.ignore("the placeholder has a row in the text's vocabulary", "ignore_index", "vocab_size", "pad_token_id")
-    connector = MLP(
-        activation=f.choose("projector_hidden_act", ACTIVATIONS, "gelu"),
-        bias=f.take("multimodal_projector_bias", bool, True),
-    )
-    image_id = f.take("image_token_id" if "image_token_id" in f else "image_token_index", int, 32000)
-    return {
-        "vision_family": tower.model_type, "vision": vision, "connector": connector, "family": family.model_type,
-        "backbone": backbone, "image_id": image_id, "control": ControlIds.read(t, family.control),
-        "keep_class": select and vision.class_token,
-        "layers": layer if layer >= 0 else vision.num_layers + 1 + layer,
-    }  # fmt: skip
-
-
-def write_parts(c: Any) -> dict[str, Any]:
-    """The fields of `read_parts`."""
-    if not isinstance(c.connector, MLP) or c.connector.layers != 2:
-        raise UnsupportedError("the Hub's format of LLaVA has a connector of two linear layers only")
-    names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-    text = {"model_type": c.family, **FAMILIES[c.family].write(c.backbone), **c.control.write()}
-    return {
-        "vision_config": VISION_FAMILIES[c.vision_family].write(c.vision), "text_config": text,
-        "vision_feature_layer": c.layers - c.vision.num_layers - 1,
-        "vision_feature_select_strategy": "default" if c.vision.class_token and not c.keep_class else "full",
-        "projector_hidden_act": names[c.connector.activation], "multimodal_projector_bias": c.connector.bias,
-        "image_token_index": c.image_id, "image_seq_length": c.num_features,
-        "tie_word_embeddings": c.backbone.tied,
-    }  # fmt: skip
-
-
-def rules_of_parts(c: TowerConfig) -> list[Rule]:
-    """The names of tower, connector and decoder."""
-    family = FAMILIES[c.family]
-    return [
-        *VISION_FAMILIES[c.vision_family].rules("vision_tower", "vision"),
-        *(rule(f"multi_modal_projector.linear_{n + 1}.{{p}}", f"connector.layers.{n}.{{p}}") for n in range(2)),
-        *family.rules(c.backbone, f"language_model.{family.base}", "language_model.lm_head", "backbone"),
-    ]

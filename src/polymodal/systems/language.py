@@ -10,7 +10,9 @@ Training details kept here: normal weights of the config's deviation and zero bi
 supervised tokens of the global batch.
 
 Deviations: no dropout (OPT and GPT-2 were pre-trained with 0.1); GPT-2's smaller deviation for projections into the
-residual stream is not in the Hub's config and is not applied; early Gemma configs that say gelu are read as tanh-GELU.
+residual stream is not in the Hub's config and is not applied; early Gemma configs that say gelu are read as tanh-GELU;
+the first Qwen reads at most the length it was trained with (its dynamic rotary base and its logarithm on the scores,
+which begin behind that, are not here), and its files have no tokenizer.json.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ class LanguageModel(Generator):
         super().__init__(config)
         self.backbone = Decoder(config.backbone)
         self.stop_ids = config.control.stop
+        if not FAMILIES[config.family].public:
+            self.reference = None  # type: ignore[misc, assignment]
 
     def init_weights(self) -> None:
         self.backbone.init_weights()
@@ -140,6 +144,7 @@ PRESETS = {
     "mistralai/Mistral-7B-v0.1": preset(
         "mistral", sizes(4096, 14336, 32, 32, 8, 32000, 32768) | {"sliding_window": 4096, "rms_norm_eps": 1e-05}
     ),
+    "Qwen/Qwen-7B": preset("qwen", {}),
     "Qwen/Qwen2.5-0.5B": preset(
         "qwen2", sizes(896, 4864, 24, 14, 2, 151936, 32768) | TIED | control(151643, 151643) | {"rope_theta": 1000000.0}
     ),

@@ -31,8 +31,17 @@ from polymodal.core.batch import Batch
 from polymodal.core.errors import ConfigError, UnsupportedError
 from polymodal.core.verbs import TensorSpec
 from polymodal.modalities.image import CLIP_MEAN, CLIP_STD, ImageProcessor, declared_processor
+from polymodal.modalities.marks import Brackets
 from polymodal.modalities.tiles import GRIDS, Grid, TileProcessor, best_grid, read_grids, shown
-from polymodal.systems.generator import TowerConfig, TowerGenerator, read_parts, rules_of_parts, write_parts
+from polymodal.systems.tower import (
+    CLIP_336,
+    VICUNA,
+    TowerConfig,
+    TowerGenerator,
+    read_parts,
+    rules_of_parts,
+    write_parts,
+)
 from polymodal.weights.fields import Fields
 from polymodal.weights.format import Format, Reference
 from polymodal.weights.rules import Rule, rule
@@ -55,6 +64,7 @@ class LlavaNext(TowerGenerator):
     """A vision-language model that reads tiles."""
 
     config: LlavaNextConfig
+    notation = Brackets(of="square")  # as LLaVA's data, whatever the tiles
 
     def __init__(self, config: LlavaNextConfig) -> None:
         super().__init__(config)
@@ -93,16 +103,19 @@ class LlavaNext(TowerGenerator):
 
     def features(self, batch: Batch) -> Float[Tensor, "features dim"]:
         side, parts = self.config.vision.image_size, []
-        for tiles, (height, width) in zip(batch["tiles"], batch["sizes"].tolist(), strict=True):
+        sizes = batch["sizes"].tolist()
+        counts = [1 + (g.height // side) * (g.width // side) for g in (self._cells(w, h)[0] for h, w in sizes)]
+        whole = [tiles[:count] for tiles, count in zip(batch["tiles"], counts, strict=True)]
+        # In one run, since processes that share out the tower's weights must call it equally often.
+        every = self.project(torch.cat(whole)).split(counts)
+        for x, (height, width) in zip(every, sizes, strict=True):
             grid, cells, (left, top, right, bottom) = self._cells(width, height)
-            count = 1 + (grid.height // side) * (grid.width // side)
-            x = self.project(tiles[:count])
             joined = rearrange(
                 x[1:], "(rows columns) (h w) d -> (rows h) (columns w) d", rows=grid.height // side, h=cells
             )[top:bottom, left:right]
             newline = self.newline.to(x.dtype).expand(len(joined), 1, -1)
             parts += [x[0], torch.cat([joined, newline], 1).flatten(0, 1)]
-        return torch.cat(parts) if parts else self.newline.new_zeros(0, self.config.backbone.dim)
+        return torch.cat(parts)
 
     def see(self, pictures: Sequence[PILImage.Image]) -> tuple[list[list[int]], Batch]:
         if not isinstance(self.images, TileProcessor):
@@ -160,16 +173,11 @@ def rules_hf(c: LlavaNextConfig) -> list[Rule]:
 
 LlavaNext.formats = {"hf": Format(read=read_hf, write=write_hf, rules=rules_hf)}
 
-TOWER = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-    "image_size": 336, "patch_size": 14, "projection_dim": 768, "model_type": "clip_vision_model",
-}  # fmt: skip
 MISTRAL = {"model_type": "mistral", "vocab_size": 32064, "max_position_embeddings": 32768, "sliding_window": None}
 MISTRAL |= {"rope_theta": 1e6, "rms_norm_eps": 1e-5}
-VICUNA = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 PRESETS = {
     f"llava-hf/llava-v1.6-{name}-hf": partial(
-        lambda text: read_hf({"model_type": "llava_next", "vision_config": TOWER, "text_config": text})[0], text
+        lambda text: read_hf({"model_type": "llava_next", "vision_config": CLIP_336, "text_config": text})[0], text
     )
     for name, text in (("mistral-7b", MISTRAL), ("vicuna-7b", VICUNA))
 }

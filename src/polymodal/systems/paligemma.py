@@ -16,14 +16,13 @@ Deviations: none known. A prompt is one turn: there is no chat template.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
-from PIL import Image as PILImage
 from torch import Tensor, nn
 
 from polymodal.backbones.families import FAMILIES, ControlIds
@@ -36,7 +35,8 @@ from polymodal.core.verbs import TensorSpec
 from polymodal.encoders.vision_families import VISION_FAMILIES
 from polymodal.heads.lm import IGNORE
 from polymodal.modalities.image import HALF, Exact, ImageProcessor
-from polymodal.systems.generator import TowerConfig, TowerGenerator
+from polymodal.modalities.marks import LocTokens
+from polymodal.systems.tower import TowerConfig, TowerGenerator
 from polymodal.weights.fields import Fields
 from polymodal.weights.format import Format, Reference
 from polymodal.weights.rules import Rule, rule
@@ -48,12 +48,17 @@ TOWER = "siglip_vision_model"
 class PaliGemmaConfig(TowerConfig):
     """A SigLIP tower, a linear layer and a Gemma."""
 
+    @property
+    def read_layers(self) -> None:
+        return None
+
 
 @final
 class PaliGemma(TowerGenerator):
     """A vision-language model with a prefix that is read both ways."""
 
     config: PaliGemmaConfig
+    notation = LocTokens()
     has_template = False
 
     def __init__(self, config: PaliGemmaConfig) -> None:
@@ -66,20 +71,11 @@ class PaliGemma(TowerGenerator):
         nn.init.zeros_(self.connector.get_parameter("layers.0.weight"))
 
     def inputs_spec(self) -> dict[str, TensorSpec]:
-        v, n = self.config.vision, self.config.num_features
-        high = min(self.vocab_size, self.config.image_id)
-        head = (IGNORE,) * (n + 2)
-        return {
-            "ids": TensorSpec(shape=(n + 6,), dtype=torch.int64, low=3, high=high, head=(self.config.image_id,) * n),
-            "labels": TensorSpec(shape=(n + 6,), dtype=torch.int64, high=high, head=head),
-            # Where the answer begins, which the reference wants to be told.
-            "kinds": TensorSpec(shape=(n + 6,), dtype=torch.int64, low=1, high=2, head=(0,) * (n + 2)),
-            "pixels": TensorSpec(shape=(v.num_channels, v.image_size, v.image_size)),
-            "pixels_row": TensorSpec(shape=(), dtype=torch.int64, rows=True),
-        }
-
-    def features(self, batch: Batch) -> Float[Tensor, "features dim"]:
-        return self.connector(self.vision(batch["pixels"]).x).flatten(0, 1)
+        n = self.config.num_features
+        spec = super().inputs_spec()
+        # Where the answer begins, which the reference wants to be told.
+        kinds = TensorSpec(shape=(n + 6,), dtype=torch.int64, low=1, high=2, head=(0,) * (n + 2))
+        return spec | {"labels": replace(spec["labels"], head=(IGNORE,) * (n + 2)), "kinds": kinds}
 
     def layout(self, batch: Batch, x: Float[Tensor, "batch tokens dim"]) -> Tokens:
         """The prefix is one block, each token of the answer one of its own; without labels all is prefix."""
@@ -95,12 +91,6 @@ class PaliGemma(TowerGenerator):
     def plain_from(self, batch: Batch) -> int:
         """A prompt is read both ways: none of it can be read by itself."""
         return int(batch["ids"].shape[1])
-
-    def see(self, pictures: Sequence[PILImage.Image]) -> tuple[list[list[int]], Batch]:
-        if not isinstance(self.images, ImageProcessor):
-            raise UnsupportedError(f"{self.source} has no image processor")
-        spelled = [[self.config.image_id] * self.config.num_features for _ in pictures]
-        return spelled, Batch(pixels=self.images.from_pil(pictures), pixels_row=torch.arange(len(pictures)))
 
     def write_prompt(self, chat: Chat) -> list[int]:
         """``picture ... picture <bos> text newline``, as in training."""

@@ -20,39 +20,20 @@ is drawn at ``dim ** -0.5`` as in Mesh-TensorFlow (transformers draws it at one)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, final
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from polymodal.backbones.decoder import Gated
-from polymodal.backbones.encdec import (
-    EncDec,
-    EncDecConfig,
-    EncDecMemory,
-    RelativeBias,
-    StackConfig,
-    Unbiased,
-    only_text,
-    t5_init_,
-)
+from polymodal.backbones.encdec import EncDecConfig, RelativeBias, StackConfig, Unbiased, t5_init_
 from polymodal.backbones.encdec_families import read_stop, read_t5, t5_rules, write_stop, write_t5
-from polymodal.core.batch import Batch, Loss
-from polymodal.core.chat import Chat
-from polymodal.core.errors import ConfigError, UnsupportedError
-from polymodal.core.sample import Sample
 from polymodal.core.verbs import TensorSpec
-from polymodal.heads.lm import IGNORE, next_token_loss
 from polymodal.nn.norm import RMS
-from polymodal.systems.base import Format, Reference, System
-from polymodal.tokenizers.language import LanguageTokenizer
+from polymodal.systems.reader import EncoderDecoder
 from polymodal.weights.fields import Fields
-from polymodal.weights.format import different_fields
+from polymodal.weights.format import Format, Reference, write_whole
 from polymodal.weights.rules import Rule
 
 
@@ -88,15 +69,10 @@ PRESETS = {
 
 
 @final
-class T5(System):
+class T5(EncoderDecoder):
     """A text-to-text Transformer."""
 
     config: T5Config
-    tokenizer: LanguageTokenizer | None = None  # type: ignore[assignment]
-
-    def __init__(self, config: T5Config) -> None:
-        super().__init__(config)
-        self.backbone = EncDec(config.backbone)
 
     def init_weights(self) -> None:
         """Mesh-TensorFlow's scheme."""
@@ -109,63 +85,6 @@ class T5(System):
             "valid": TensorSpec(shape=(13,), dtype=torch.bool),
             "labels": TensorSpec(shape=(7,), dtype=torch.int64, high=vocab),
         }
-
-    def _vectors(self, batch: Batch) -> Float[Tensor, "batch tokens dim"]:
-        b = self.backbone
-        return b(b.text(batch["ids"], batch.get("valid")), b.target(b.shift(batch["labels"]))).x
-
-    def forward(self, batch: Batch) -> Float[Tensor, "batch tokens vocab"]:
-        """Scores of each label, given the text and the labels before it."""
-        return self.backbone.logits(self._vectors(batch))
-
-    def loss(self, batch: Batch) -> Loss:
-        """Cross-entropy of the labels that are not -100."""
-        # The loss shifts by one, and the decoder's input was shifted already.
-        vectors, labels = F.pad(self._vectors(batch), (0, 0, 0, 1)), F.pad(batch["labels"], (1, 0), value=IGNORE)
-        return next_token_loss(vectors, labels, self.backbone.logits)
-
-    def count(self, sample: Sample) -> int:
-        """Tokens that the encoder reads of the texts of a sample."""
-        return sum(len(self._ids(part.text)) for part in sample.texts)
-
-    def load_processors(self, folder: Path) -> None:
-        if (folder / "tokenizer.json").is_file():
-            self.tokenizer = LanguageTokenizer.from_folder(folder)
-
-    def _ids(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise UnsupportedError(f"T5 ({self.source}) reads no text: no tokenizer.json was beside its weights")
-        return self.tokenizer.encode(text, special=True)
-
-    # -- the Generates protocol
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.backbone.vocab_size
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        return self.config.stop
-
-    def prompt(self, chats: Sequence[Chat]) -> Batch:
-        """What the encoder reads of each question.
-
-        Raises:
-            MediaError: a chat is more than one text of a user, empty, or too long.
-            UnsupportedError: no tokenizer was beside the weights.
-        """
-        return self.backbone.prompt([self._ids(only_text(chat)) for chat in chats])
-
-    def new_memory(self, rows: int, capacity: int) -> EncDecMemory:
-        """Room for ``capacity`` tokens of the answer; the prompt is read by the encoder and takes none of it."""
-        return self.backbone.new_memory(rows, capacity)
-
-    def prefill(self, batch: Batch, memory: EncDecMemory) -> Float[Tensor, "rows vocab"]:
-        batch = batch.to(self.device)
-        return self.backbone.prefill(self.backbone.text(batch["ids"], batch.get("valid")), memory)
-
-    def step(self, ids: Int[Tensor, " rows"], memory: EncDecMemory) -> Float[Tensor, "rows vocab"]:
-        return self.backbone.step(ids, memory)
 
     reference = Reference(
         package="transformers", cls="T5ForConditionalGeneration",
@@ -184,10 +103,7 @@ def read_hf(raw: Mapping[str, Any]) -> tuple[T5Config, dict[str, str]]:
 def write_hf(c: T5Config) -> dict[str, Any]:
     named = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}
     raw = named | write_stop(c.stop) | write_t5(c.backbone)
-    lost = different_fields(c, read_hf(raw)[0])
-    if lost:
-        raise ConfigError(f"the Hub's format has no field for {', '.join(lost)} of this config")
-    return raw
+    return write_whole(c, raw, read_hf)
 
 
 def rules_hf(config: T5Config) -> list[Rule]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from polymodal.core.errors import ConfigError, DataError, MediaError, did_you_mean
 from polymodal.core.files import atomic_write, read_json, write_json
@@ -208,26 +208,41 @@ class LanguageTokenizer:
             ConfigError: the vocabulary is too small.
             DataError: there is no text to learn from.
         """
-        names = list(dict.fromkeys((_END_OF_TEXT, _START, _END, *special)))
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        alphabet, names = sorted(pre_tokenizers.ByteLevel.alphabet()), _control_tokens(special)
         if vocab_size <= len(alphabet) + len(names):
             raise ConfigError(
                 f"vocab_size {vocab_size} leaves no merges: {len(alphabet) + len(names)} are bytes and control tokens"
             )
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        backend.decoder = decoders.ByteLevel()
+        backend = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(names), initial_alphabet=alphabet, special_tokens=[], show_progress=False
         )
         backend.train_from_iterator(map(checked_text, texts), trainer)
         if backend.get_vocab_size() == len(alphabet):
             raise DataError("train_bpe was given no text to learn from")
+        return cls._chatml(backend, names)
+
+    @classmethod
+    def of_words(cls, words: Iterable[str], *, special: Sequence[str] = ("<|image|>",)) -> LanguageTokenizer:
+        """These words are one token each, alone and behind a blank; all else is spelled byte by byte, in lower case.
+
+        For models too small to learn how merged letters are spelled: what they read, they spell.
+
+        Args:
+            words: in lower case, of letters only.
+            special: as in `train_bpe`.
+        """
+        spelled = [*sorted(pre_tokenizers.ByteLevel.alphabet())]
+        known = sorted(set(words))
+        tokens = dict.fromkeys([*spelled, *known, *(f"\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}{w}" for w in known)])
+        vocab = {token: i for i, token in enumerate(tokens)}
+        backend = _byte_level(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+        backend.normalizer = normalizers.Lowercase()
+        return cls._chatml(backend, _control_tokens(special))
+
+    @classmethod
+    def _chatml(cls, backend: Tokenizer, names: Sequence[str]) -> LanguageTokenizer:
+        """A trained backend with the control tokens of ChatML."""
         backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
         ids = backend.get_vocab(with_added_tokens=True)
         end, end_of_text = ids[_END], ids[_END_OF_TEXT]
@@ -245,6 +260,22 @@ class LanguageTokenizer:
             eos_ids=(end, end_of_text),
             pad_id=end_of_text,
         )
+
+
+def _control_tokens(special: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys((_END_OF_TEXT, _START, _END, *special)))
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 _END_OF_TEXT, _START, _END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

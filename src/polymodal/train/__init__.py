@@ -1,15 +1,22 @@
 """The one training loop, its stages, checkpoints and adapters."""
 
+from polymodal.train.dpo import DPO, Preference, Preferences, read_preference
+from polymodal.train.grpo import GRPO, Prompts
 from polymodal.train.loop import Result, fit
 from polymodal.train.lora import add_lora, load_peft, merge_lora, save_peft
 from polymodal.train.run import Bar, Constant, Cosine, Header, Linear, Run, Stage, load_run
 
 __all__ = [
+    "DPO",
+    "GRPO",
     "Bar",
     "Constant",
     "Cosine",
     "Header",
     "Linear",
+    "Preference",
+    "Preferences",
+    "Prompts",
     "Result",
     "Run",
     "Stage",
@@ -18,5 +25,6 @@ __all__ = [
     "load_peft",
     "load_run",
     "merge_lora",
+    "read_preference",
     "save_peft",
 ]

@@ -87,7 +87,7 @@ def found(folder: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path, run: Mapping[str, Any]) -> State:
-    """Where the run stood.
+    """Where the run stood; the run may have got further stages at its end since.
 
     Raises:
         TrainError: the checkpoint is of another run; the message lists each field that differs.
@@ -96,7 +96,8 @@ def read_state(checkpoint: Path, run: Mapping[str, Any]) -> State:
     if content.get("format") != FORMAT:
         raise TrainError(f"{checkpoint} has format {content.get('format')}, this version reads {FORMAT}")
     ours = json.loads(json.dumps(run))
-    if content["run"] != ours:
+    known = len(content["run"]["stages"])
+    if content["run"] != ours | {"stages": ours["stages"][:known]}:
         changes = "\n".join(f"  - {line}" for line in _differences(content["run"], ours, ""))
         raise TrainError(
             f"{checkpoint} belongs to a run with another configuration:\n{changes}\n"

@@ -5,8 +5,9 @@ An adapter for a model of transformers has that library's names: ``load_peft(mod
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +57,7 @@ class LoraLinear(nn.Linear):
         self.bias = base.bias
         self.rank = rank
         self.alpha = alpha
+        self.active = True  # see `without_lora`
         half = base.weight.dtype in (torch.bfloat16, torch.float16)
         kind: dict[str, Any] = {
             "device": base.weight.device,
@@ -73,6 +75,8 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "... in_features"]) -> Float[Tensor, "... out_features"]:
         y = F.linear(x, self.weight, self.bias)
+        if not self.active:
+            return y
         low = self.lora_B(self.lora_A(self.lora_dropout(x.to(self.lora_A.weight.dtype))))
         return y + (low * self.scale).to(y.dtype)
 
@@ -127,6 +131,19 @@ def merge_lora(model: Model) -> Model:
     for name, adapter in _adapters(model).items():
         model.set_submodule(name, adapter.merged())
     return model
+
+
+@contextlib.contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model computes what it did before it got adapters."""
+    adapters = _adapters(model).values()
+    for adapter in adapters:
+        adapter.active = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.active = True
 
 
 def save_peft(model: nn.Module, folder: str | Path, *, names: Mapping[str, str] | None = None) -> None:

@@ -218,6 +218,8 @@ ACTIVATIONS: dict[str, ActivationName] = {
     "silu": "silu",
 }
 
+ACTIVATION_NAMES: dict[str, str] = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+
 # (their field, our field, the default of the Hub's config class): read and written by the same table.
 FieldTable = tuple[tuple[str, str, Any], ...]
 
@@ -246,8 +248,19 @@ def read_fields(fields: Fields, table: FieldTable) -> dict[str, Any]:
     return {ours: read(theirs, ours, default) for theirs, ours, default in table}
 
 
+def read_bert_fields(fields: Fields, table: FieldTable) -> dict[str, Any]:
+    """`read_fields` of a BERT, whose heads share its width evenly."""
+    fields.require("position_embedding_type", "absolute")
+    reason = "dropout of training, which these models are built without"
+    fields.ignore(reason, "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+    shape = read_fields(fields, table)
+    if shape["dim"] % max(shape["num_heads"], 1):
+        fields.problems.append(f"config.json: hidden_size {shape['dim']} is not a multiple of num_attention_heads")
+        shape["num_heads"] = 1
+    return shape
+
+
 def write_fields(config: Any, table: FieldTable) -> dict[str, Any]:
     """The fields of a Hub config from one of our configs."""
-    names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     values = {theirs: getattr(config, ours) for theirs, ours, _ in table}
-    return {theirs: names[v] if theirs == "hidden_act" else v for theirs, v in values.items()}
+    return {theirs: ACTIVATION_NAMES[v] if theirs == "hidden_act" else v for theirs, v in values.items()}

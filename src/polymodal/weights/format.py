@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from polymodal.core.errors import ConfigError
 from polymodal.weights.files import SINGLE
 from polymodal.weights.rules import Rule
 
@@ -48,3 +49,17 @@ def different_fields(one: Any, other: Any, prefix: str = "") -> list[str]:
         elif a != b:
             out.append(f"{prefix}{name}")
     return out
+
+
+def write_whole(
+    config: Any, raw: dict[str, Any], read: Callable[[Mapping[str, Any]], tuple[Any, dict[str, str]]]
+) -> dict[str, Any]:
+    """``raw``, if it is read as the config that it was written from.
+
+    Raises:
+        ConfigError: something of the config has no field there.
+    """
+    lost = different_fields(config, read(raw)[0])
+    if lost:
+        raise ConfigError(f"the Hub's format has no field for {', '.join(lost)} of this config")
+    return raw

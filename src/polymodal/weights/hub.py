@@ -6,7 +6,7 @@ import contextlib
 from importlib import resources
 from pathlib import Path
 
-from polymodal.core.errors import ConfigError, did_you_mean
+from polymodal.core.errors import ConfigError
 from polymodal.core.files import cache_dir, read_json, write_json
 
 # Only data, and only of the top folder: no pickles, no code.
@@ -37,7 +37,10 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
         models = shipped()
         if str(name) in models:
             return models[str(name)]
-        raise ConfigError(f"no shipped model is called {str(name)!r}{did_you_mean(str(name), models)}")
+        there = ", ".join(models) or "none"
+        raise ConfigError(
+            f"no shipped model is called {str(name)!r} (there: {there}); name another by its folder, or as on the Hub"
+        )
     if path.exists():
         raise ConfigError(f"{path} is a file; a checkpoint is a folder with config.json and safetensors files")
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):

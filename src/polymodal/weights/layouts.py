@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
-from polymodal.weights.fields import TRANSFORMER_FIELDS, Fields, FieldTable, read_fields, write_fields
-from polymodal.weights.rules import Rule, Split, Squeeze, Transpose, rule
+from polymodal.weights.fields import TRANSFORMER_FIELDS, Fields, FieldTable, read_bert_fields, write_fields
+from polymodal.weights.rules import Rule, Split, Squeeze, Transpose, renames, rule
+
+# Names within a layer, theirs and ours, for `renames`.
+PROJECTIONS: Final = {**{f"{n}_proj": f"{n}_proj" for n in "qkv"}, "out_proj": "o_proj"}
+FAIRSEQ_FEED_FORWARD: Final = {"fc1": "mlp.up_proj", "fc2": "mlp.down_proj", "final_layer_norm": "mlp_norm"}
+FEED_FORWARD: Final = {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
+QUERY_KEY_VALUE: Final = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}  # BERT's
+VIT_ATTENTION: Final = {
+    **{f"attention.attention.{theirs}": f"attn.{ours}" for theirs, ours in QUERY_KEY_VALUE.items()},
+    "attention.output.dense": "attn.o_proj",
+}
 
 
 def clip_blocks(theirs: str, ours: str) -> list[Rule]:
     """The layers of CLIP and SigLIP as transformers names them: ``{theirs}.layers.{i}`` to ``{ours}.{i}``."""
-    t, o = f"{theirs}.layers.{{i}}", f"{ours}.{{i}}"
-    return [
-        *(rule(f"{t}.self_attn.{n}_proj.{{p}}", f"{o}.attn.{n}_proj.{{p}}") for n in "qkv"),
-        rule(f"{t}.self_attn.out_proj.{{p}}", f"{o}.attn.o_proj.{{p}}"),
-        rule(f"{t}.layer_norm1.{{p}}", f"{o}.attn_norm.{{p}}"),
-        rule(f"{t}.layer_norm2.{{p}}", f"{o}.mlp_norm.{{p}}"),
-        rule(f"{t}.mlp.fc1.{{p}}", f"{o}.mlp.up_proj.{{p}}"),
-        rule(f"{t}.mlp.fc2.{{p}}", f"{o}.mlp.down_proj.{{p}}"),
-    ]
+    names = {
+        **{f"self_attn.{theirs}": f"attn.{ours}" for theirs, ours in PROJECTIONS.items()},
+        "layer_norm1": "attn_norm", "layer_norm2": "mlp_norm", **FEED_FORWARD,
+    }  # fmt: skip
+    return renames(f"{theirs}.layers.{{i}}", f"{ours}.{{i}}", names)
 
 
 def open_clip_blocks(theirs: str, ours: str) -> list[Rule]:
@@ -28,12 +34,11 @@ def open_clip_blocks(theirs: str, ours: str) -> list[Rule]:
     return [
         rule(f"{t}.attn.in_proj_weight", [f"{n}.weight" for n in qkv], Split(3)),
         rule(f"{t}.attn.in_proj_bias", [f"{n}.bias" for n in qkv], Split(3)),
-        rule(f"{t}.attn.out_proj.{{p}}", f"{o}.attn.o_proj.{{p}}"),
-        rule(f"{t}.ln_1.{{p}}", f"{o}.attn_norm.{{p}}"),
-        rule(f"{t}.ln_2.{{p}}", f"{o}.mlp_norm.{{p}}"),
-        rule(f"{t}.mlp.c_fc.{{p}}", f"{o}.mlp.up_proj.{{p}}"),
-        rule(f"{t}.mlp.c_proj.{{p}}", f"{o}.mlp.down_proj.{{p}}"),
-    ]
+        *renames(t, o, {
+            "attn.out_proj": "attn.o_proj", "ln_1": "attn_norm", "ln_2": "mlp_norm", "mlp.c_fc": "mlp.up_proj",
+            "mlp.c_proj": "mlp.down_proj",
+        }),
+    ]  # fmt: skip
 
 
 def open_clip_rules() -> list[Rule]:
@@ -73,15 +78,11 @@ OPEN_CLIP_PLAIN: dict[str, dict[str, Any]] = {
 
 def vit_blocks(theirs: str, ours: str) -> list[Rule]:
     """The layers of ViT and MAE as transformers names them (BERT's names): ``{theirs}.{i}`` to ``{ours}.{i}``."""
-    t, o = f"{theirs}.{{i}}", f"{ours}.{{i}}"
-    return [
-        *(rule(f"{t}.attention.attention.{n}.{{p}}", f"{o}.attn.{n[0]}_proj.{{p}}") for n in ("query", "key", "value")),
-        rule(f"{t}.attention.output.dense.{{p}}", f"{o}.attn.o_proj.{{p}}"),
-        rule(f"{t}.layernorm_before.{{p}}", f"{o}.attn_norm.{{p}}"),
-        rule(f"{t}.layernorm_after.{{p}}", f"{o}.mlp_norm.{{p}}"),
-        rule(f"{t}.intermediate.dense.{{p}}", f"{o}.mlp.up_proj.{{p}}"),
-        rule(f"{t}.output.dense.{{p}}", f"{o}.mlp.down_proj.{{p}}"),
-    ]
+    names = {
+        **VIT_ATTENTION, "layernorm_before": "attn_norm", "layernorm_after": "mlp_norm",
+        "intermediate.dense": "mlp.up_proj", "output.dense": "mlp.down_proj",
+    }  # fmt: skip
+    return renames(f"{theirs}.{{i}}", f"{ours}.{{i}}", names)
 
 
 def siglip_rules() -> list[Rule]:
@@ -97,10 +98,7 @@ def siglip_rules() -> list[Rule]:
         rule(f"{head}.probe", "pool.probe", Squeeze((0, 1))),
         rule(f"{head}.attention.in_proj_weight", [f"{n}.weight" for n in qkv], Split(3)),
         rule(f"{head}.attention.in_proj_bias", [f"{n}.bias" for n in qkv], Split(3)),
-        rule(f"{head}.attention.out_proj.{{p}}", "pool.attn.o_proj.{p}"),
-        rule(f"{head}.layernorm.{{p}}", "pool.norm.{p}"),
-        rule(f"{head}.mlp.fc1.{{p}}", "pool.mlp.up_proj.{p}"),
-        rule(f"{head}.mlp.fc2.{{p}}", "pool.mlp.down_proj.{p}"),
+        *renames(head, "pool", {"attention.out_proj": "attn.o_proj", "layernorm": "norm", **FEED_FORWARD}),
         rule("text_model.embeddings.token_embedding.weight", "text.embed_tokens.weight"),
         rule("text_model.embeddings.position_embedding.weight", "text.position"),
         rule("text_model.final_layer_norm.{p}", "text.norm.{p}"),
@@ -121,7 +119,7 @@ def vit_embeddings(theirs: str, ours: str) -> list[Rule]:
 def dinov2_rules(ours: str, *, swiglu: bool) -> list[Rule]:
     """All of DINOv2's backbone as transformers names it."""
     t, o = "encoder.layer.{i}", f"{ours}.blocks.{{i}}"
-    mlp = [rule(f"{t}.mlp.fc{n}.{{p}}", f"{o}.mlp.{name}_proj.{{p}}") for n, name in ((1, "up"), (2, "down"))]
+    mlp = renames(t, o, FEED_FORWARD)
     if swiglu:
         mlp = [
             rule(f"{t}.mlp.weights_in.{{p}}", [f"{o}.mlp.gate_proj.{{p}}", f"{o}.mlp.up_proj.{{p}}"], Split(2)),
@@ -130,10 +128,7 @@ def dinov2_rules(ours: str, *, swiglu: bool) -> list[Rule]:
     return [
         *vit_embeddings("", ours),
         rule("embeddings.mask_token", f"{ours}.mask_token", Squeeze((0,))),
-        *(rule(f"{t}.attention.attention.{n}.{{p}}", f"{o}.attn.{n[0]}_proj.{{p}}") for n in ("query", "key", "value")),
-        rule(f"{t}.attention.output.dense.{{p}}", f"{o}.attn.o_proj.{{p}}"),
-        rule(f"{t}.norm1.{{p}}", f"{o}.attn_norm.{{p}}"),
-        rule(f"{t}.norm2.{{p}}", f"{o}.mlp_norm.{{p}}"),
+        *renames(t, o, {**VIT_ATTENTION, "norm1": "attn_norm", "norm2": "mlp_norm"}),
         rule(f"{t}.layer_scale1.lambda1", f"{o}.attn_scale.weight"),
         rule(f"{t}.layer_scale2.lambda1", f"{o}.mlp_scale.weight"),
         *mlp,
@@ -152,15 +147,8 @@ _QFORMER: FieldTable = (
 def read_qformer(f: Fields) -> dict[str, Any]:
     """The shape of a Q-Former from the ``qformer_config`` of a system; what concerns its text is left to the caller."""
     f.require("model_type", "blip_2_qformer")
-    f.require("position_embedding_type", "absolute")
-    f.ignore("dropout of training, which it is built without", "hidden_dropout_prob", "attention_probs_dropout_prob")
-    f.ignore("a head that is not here", "classifier_dropout")
     f.ignore("it follows from the tower", "encoder_hidden_size")
-    fields = read_fields(f, _QFORMER)
-    if fields["dim"] % max(fields["num_heads"], 1):
-        f.problems.append(f"config.json: hidden_size {fields['dim']} is not a multiple of num_attention_heads")
-        fields["num_heads"] = 1
-    return fields
+    return read_bert_fields(f, _QFORMER)
 
 
 def write_qformer(config: Any) -> dict[str, Any]:
@@ -179,17 +167,12 @@ def qformer_rules(ours: str) -> list[Rule]:
     ]
     for theirs, mine, norm in (("attention", "attn", "attn_norm"), ("crossattention", "cross_attn", "cross_norm")):
         rules += [
-            *(
-                rule(f"{t}.{theirs}.attention.{n}.{{p}}", f"{o}.{mine}.{n[0]}_proj.{{p}}")
-                for n in ("query", "key", "value")
-            ),
-            rule(f"{t}.{theirs}.output.dense.{{p}}", f"{o}.{mine}.o_proj.{{p}}"),
-            rule(f"{t}.{theirs}.output.LayerNorm.{{p}}", f"{o}.{norm}.{{p}}"),
+            *renames(f"{t}.{theirs}.attention", f"{o}.{mine}", QUERY_KEY_VALUE),
+            *renames(f"{t}.{theirs}.output", o, {"dense": f"{mine}.o_proj", "LayerNorm": norm}),
         ]
     for kind, mine, norm in (("_query", "mlp", "mlp_norm"), ("", "text_mlp", "text_norm")):
         rules += [
             rule(f"{t}.intermediate{kind}.dense.{{p}}", f"{o}.{mine}.up_proj.{{p}}"),
-            rule(f"{t}.output{kind}.dense.{{p}}", f"{o}.{mine}.down_proj.{{p}}"),
-            rule(f"{t}.output{kind}.LayerNorm.{{p}}", f"{o}.{norm}.{{p}}"),
+            *renames(f"{t}.output{kind}", o, {"dense": f"{mine}.down_proj", "LayerNorm": norm}),
         ]
     return rules

@@ -189,6 +189,11 @@ def rule(theirs: str | Sequence[str], ours: str | Sequence[str], op: Op | Drop |
     return Rule(pack(theirs), pack(ours), op or Copy())
 
 
+def renames(theirs: str, ours: str, names: Mapping[str, str]) -> list[Rule]:
+    """Layers that differ in their names only: weights and biases of ``{theirs}.{a}`` are those of ``{ours}.{b}``."""
+    return [rule(f"{theirs}.{a}.{{p}}", f"{ours}.{b}.{{p}}") for a, b in names.items()]
+
+
 def read_only(rules: Iterable[Rule]) -> list[Rule]:
     """The same rules for reading alone: names that some files have, and that are not written."""
     return [replace(r, written=False) for r in rules]

@@ -317,6 +317,7 @@ class _Sheet:
         self.pixels = IdentityTransform()
         self.height = max(0.042 * size * style.scale, _SMALLEST_TEXT)
         self.stroke = max(size / 224, 0.6)
+        self.letters: list[tuple[str, float, float]] = []
 
     def add(self, artist: Artist) -> None:
         artist.set_transform(self.pixels)
@@ -346,6 +347,14 @@ class _Sheet:
     ) -> None:
         from matplotlib.text import Text
 
+        if not upright:
+            left = x - {"left": 0.0, "center": 0.5, "right": 1.0}[across] * self.width(text, height)
+            middle = y + {"top": -0.5, "center": 0.0, "bottom": 0.5, "baseline": 0.3}[down] * height
+            ends = [left + self.width(text[:n], height) for n in range(len(text) + 1)]
+            self.letters += [
+                (letter, (a + b) / 2, self.size - middle) for letter, a, b in zip(text, ends, ends[1:], strict=False)
+            ]
+            self.letters.append((" ", ends[-1], self.size - middle))
         self.add(
             Text(
                 x, y, text, fontsize=height * 0.72, family=self.style.font, color=colour or self.ink,
@@ -384,6 +393,11 @@ def render(chart: Chart, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     if size < MIN_SIZE:
         raise DataError(f"a chart of {size} px cannot be read: at least {MIN_SIZE}")
     return _drawn(chart, size).pixels_drawn()
+
+
+def letters(chart: Chart, size: int) -> list[tuple[str, float, float]]:
+    """Each letter and digit that stands upright, and about where its middle is (x, y); a blank ends each text."""
+    return _drawn(chart, size).letters
 
 
 def _drawn(chart: Chart, size: int) -> _Sheet:
@@ -581,7 +595,7 @@ def _pie(chart: Chart, sheet: _Sheet, ceiling: float) -> None:
 
 # ------------------------------------------------------------------------------------------------------- questions
 
-_WORDINGS: Final[Mapping[str, tuple[str, ...]]] = {
+WORDINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "value": (
         "what is the value of {a}?",
         "what value does {a} have?",
@@ -646,8 +660,8 @@ _WORDINGS: Final[Mapping[str, tuple[str, ...]]] = {
         "out of {a} and {b}, which has more?",
     ),
 }
-QUESTIONS: Final = tuple(_WORDINGS)
-_NOUNS: Final = {"bar": "bar", "grouped": "group", "line": "year", "pie": "slice"}
+QUESTIONS: Final = tuple(WORDINGS)
+NOUNS: Final = {"bar": "bar", "grouped": "group", "line": "year", "pie": "slice"}
 
 
 def _exact(chart: Chart) -> bool:
@@ -682,7 +696,7 @@ def ask(chart: Chart, rng: np.random.Generator, *, kind: str | None = None, rewo
     elif kind not in allowed:
         return None
     slots, answer = _ANSWERS[kind](chart, rng)
-    paraphrase, template = wording(rng, _WORDINGS[kind], reworded=reworded)
+    paraphrase, template = wording(rng, WORDINGS[kind], reworded=reworded)
     return Asked(kind=kind, question=template.format(**slots), answer=answer, paraphrase=paraphrase)
 
 
@@ -718,7 +732,7 @@ def _value(chart: Chart, rng: np.random.Generator) -> _Answered:
 def _extreme(pick: Callable[[Sequence[float]], float]) -> Callable[[Chart, np.random.Generator], _Answered]:
     def answer(chart: Chart, rng: np.random.Generator) -> _Answered:
         name, values = _one_series(chart, rng)
-        slots = {"noun": _NOUNS[chart.kind], "within": f" for {name}" if name else ""}
+        slots = {"noun": NOUNS[chart.kind], "within": f" for {name}" if name else ""}
         return slots, chart.categories[values.index(pick(values))]
 
     return answer
@@ -740,7 +754,7 @@ def _larger(chart: Chart, rng: np.random.Generator) -> _Answered:
 
 
 def _count(chart: Chart, rng: np.random.Generator) -> _Answered:
-    number, noun = len(chart.categories), f"{_NOUNS[chart.kind]}s"
+    number, noun = len(chart.categories), f"{NOUNS[chart.kind]}s"
     if len(chart.series) > 1 and rng.random() < 0.5:
         if chart.kind == "line":
             number, noun = len(chart.series), "lines"

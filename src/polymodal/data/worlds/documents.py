@@ -83,7 +83,7 @@ _VOCABULARY: Final = (
     "valley velvet verse village violin voice wagon wall water wave wax weather week west wheel whistle wind "
     "window wine wing winter wire wood wool word work yard year yellow zebra zone "
 )
-_WORDS: Final = tuple(_VOCABULARY.split())
+WORDS: Final = tuple(_VOCABULARY.split())
 _KEYS: Final = (
     "name", "city", "street", "colour", "age", "phone", "code", "class", "room", "date", "team", "size", "weight",
     "order", "seat", "gate", "owner", "model",
@@ -239,6 +239,13 @@ def _ink(text: str, face: str, height: int) -> Box:
     return x + left, y + top, x + right, y + bottom
 
 
+def letters(word: Word) -> list[tuple[str, float]]:
+    """Each letter of a word and where on the page its middle is, from the left, in pixels."""
+    font = _font(word.face, word.height)
+    ends = [font.getlength(word.text[:n]) for n in range(len(word.text) + 1)]
+    return [(letter, word.origin[0] + (a + b) / 2) for letter, a, b in zip(word.text, ends, ends[1:], strict=False)]
+
+
 # ---------------------------------------------------------------------------------------------------------- words
 
 
@@ -263,7 +270,7 @@ def _reading_word(rng: np.random.Generator) -> str:
     draw = rng.random()
     if draw < 0.12:
         return str(rng.integers(10, 10_000))
-    return _new_word(rng) if draw < 0.4 else _one(rng, _WORDS)
+    return _new_word(rng) if draw < 0.4 else _one(rng, WORDS)
 
 
 def _price(rng: np.random.Generator) -> int:
@@ -360,7 +367,7 @@ _Said = tuple[str, dict[str, str], str]  # title, fields and total
 
 
 def _title(rng: np.random.Generator, sheet: _Sheet, face: str, words: int = 0) -> str:
-    title = " ".join(_some(rng, _WORDS, words or int(rng.integers(1, 4))))
+    title = " ".join(_some(rng, WORDS, words or int(rng.integers(1, 4))))
     title = (str.title, str.upper, str.capitalize)[rng.integers(3)](title)
     height = round(sheet.height * rng.uniform(1.2, 1.6))
     sheet.heading(title, face, height, centred=bool(rng.random() < 0.5))
@@ -372,7 +379,7 @@ def _prose(rng: np.random.Generator, words: int) -> str:
     """Sentences of random words."""
     text: list[str] = []
     while words > 0:
-        sentence = [_one(rng, _WORDS) for _ in range(min(int(rng.integers(4, 9)), words))]
+        sentence = [_one(rng, WORDS) for _ in range(min(int(rng.integers(4, 9)), words))]
         words -= len(sentence)
         text += [sentence[0].capitalize(), *sentence[1:]]
         text[-1] += "."
@@ -420,7 +427,7 @@ def _form(rng: np.random.Generator, sheet: _Sheet, face: str) -> _Said:
         elif rng.random() < 0.5:
             value = _new_word(rng).capitalize()
         else:
-            value = " ".join(_some(rng, _WORDS, int(rng.integers(1, 3))))
+            value = " ".join(_some(rng, WORDS, int(rng.integers(1, 3))))
         words = sheet.words(label, sheet.left, face=face)
         x = sheet.left + (tab if aligned else sheet.width(f"{label} ", face, sheet.height) + 2)
         sheet.add([*words, *sheet.words(value, x)])
@@ -445,7 +452,7 @@ def _table(rng: np.random.Generator, sheet: _Sheet, face: str) -> _Said:
     title = _title(rng, sheet, face) if rng.random() < 0.7 else ""
     columns = _some(rng, _COLUMNS, int(rng.integers(1, 3 if sheet.size < 200 else 4)))
     rows = int((sheet.size - sheet.margin - sheet.y) / (1.7 * sheet.height)) - 1
-    names = _some(rng, _WORDS, int(rng.integers(2, max(min(rows, 7), 2) + 1)))
+    names = _some(rng, WORDS, int(rng.integers(2, max(min(rows, 7), 2) + 1)))
     ruled = rng.random() < 0.5
     # A third of the width for the names, the rest for the columns.
     first = sheet.left + (sheet.right - sheet.left) // 3
@@ -465,7 +472,7 @@ def _table(rng: np.random.Generator, sheet: _Sheet, face: str) -> _Said:
 def _receipt(rng: np.random.Generator, sheet: _Sheet, face: str) -> _Said:
     title = _title(rng, sheet, face, words=int(rng.integers(1, 3)))
     rows = int((sheet.size - sheet.margin - sheet.y) / (1.35 * sheet.height)) - 2
-    items = _some(rng, _WORDS, int(rng.integers(2, max(min(rows, 8), 2) + 1)))
+    items = _some(rng, WORDS, int(rng.integers(2, max(min(rows, 8), 2) + 1)))
     prices = [_price(rng) for _ in items]
     edges = [sheet.right - 1]
     for item, price in zip(items, prices, strict=True):
@@ -575,16 +582,20 @@ def line(
             except _TooLong:
                 continue
             lines = _moved(rng, sheet.lines, size)
+            if lines is None:
+                continue
             return Page(
                 kind="line", size=size, lines=lines, rules=(), ink=ink, paper=paper, title="", fields={}, total=""
             )
     raise AssertionError(f"no words for {size} px were found in {_TRIES} tries")
 
 
-def _moved(rng: np.random.Generator, lines: Sequence[Line], size: int) -> tuple[Line, ...]:
-    """The lines together at a random place inside the picture."""
+def _moved(rng: np.random.Generator, lines: Sequence[Line], size: int) -> tuple[Line, ...] | None:
+    """The lines together at a random place inside the picture; None where their ink, slanted perhaps, is too wide."""
     lefts, tops, rights, bottoms = zip(*(line.box for line in lines), strict=True)
     margin = math.ceil(_MARGIN * size)
+    if max(max(rights) - min(lefts), max(bottoms) - min(tops)) > size - 2 * margin:
+        return None
     across = int(rng.integers(margin - min(lefts), size - margin - max(rights) + 1))
     down = int(rng.integers(margin - min(tops), size - margin - max(bottoms) + 1))
 
@@ -646,7 +657,7 @@ def _shadows(rng: np.random.Generator, size: int) -> Float[np.ndarray, "{size} {
 
 # ------------------------------------------------------------------------------------------------------- questions
 
-_WORDINGS: Final[Mapping[str, tuple[str, ...]]] = {
+WORDINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "read": (
         "what does it say?",
         "what is written here?",
@@ -693,7 +704,7 @@ _WORDINGS: Final[Mapping[str, tuple[str, ...]]] = {
         "what does everything cost together?",
     ),
 }
-QUESTIONS: Final = tuple(_WORDINGS)
+QUESTIONS: Final = tuple(WORDINGS)
 
 
 def _bare(word: str) -> str:
@@ -744,5 +755,5 @@ def ask(page: Page, rng: np.random.Generator, *, kind: str | None = None, reword
     if kind not in found:
         return None
     about, answer = found[kind][rng.integers(len(found[kind]))]
-    paraphrase, template = wording(rng, _WORDINGS[kind], reworded=reworded)
+    paraphrase, template = wording(rng, WORDINGS[kind], reworded=reworded)
     return Asked(kind=kind, question=template.format(a=about), answer=answer, paraphrase=paraphrase)

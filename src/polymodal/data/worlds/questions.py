@@ -20,7 +20,7 @@ import numpy as np
 from polymodal.core.errors import DataError, did_you_mean
 from polymodal.data.worlds import shapes
 from polymodal.data.worlds.asked import Asked, wording
-from polymodal.data.worlds.shapes import COLOURS, HELD_OUT, MAX_OBJECTS, SHAPES, Scene, Thing
+from polymodal.data.worlds.shapes import COLOURS, HELD_OUT, MAX_OBJECTS, SHAPES, Scene, Thing, plural
 
 UNKNOWN: Final = "unknown"  # the answer to a question about something that is not there
 MAX_COUNT: Final = 5
@@ -30,7 +30,7 @@ _THIRDS = (("left", "middle", "right"), ("top", "middle", "bottom"))
 _CLEAR = 0.04  # of the side: objects nearer than this to the border of a third are not asked for their place
 _SHAPE_ALONE = 0.2  # how often an object is called "the cup" where there is only one cup
 
-_WORDINGS: Final[Mapping[str, tuple[str, ...]]] = {
+WORDINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "existence": (
         "is there {a}?",
         "is there {a} in the picture?",
@@ -149,10 +149,6 @@ def _with_article(name: str) -> str:
     return ("an " if name[0] in "aeiou" else "a ") + name
 
 
-def _plural(noun: str) -> str:
-    return noun + ("es" if noun.endswith("s") else "s")
-
-
 def _existence(view: _View) -> list[_Candidate]:
     present = sorted({(view.things[i].colour, view.things[i].shape) for i in view.subjects()})
     absent = [pair for pair in view.absent if (pair in HELD_OUT) == view.held_out]
@@ -186,7 +182,7 @@ def _groups(view: _View) -> list[tuple[str, str, int]]:
     return [
         ("objects", "objects", len(view.things)),
         *(("colours", f"{colour} objects", view.colours[colour]) for colour in COLOURS),
-        *(("shapes", _plural(shape), view.shapes[shape]) for shape in SHAPES),
+        *(("shapes", plural(shape), view.shapes[shape]) for shape in SHAPES),
     ]
 
 
@@ -314,7 +310,7 @@ def _asked(kind: str, found: Sequence[_Candidate], rng: np.random.Generator, rew
         value = values[rng.integers(len(values))]
         found = [c for c in found if key(c) == value]
     chosen = found[int(rng.integers(len(found)))]
-    words = _WORDINGS[chosen.form if kind == "unanswerable" else kind]
+    words = WORDINGS[chosen.form if kind == "unanswerable" else kind]
     paraphrase, template = wording(rng, words, reworded=reworded)
     return Asked(kind=kind, question=template.format(**chosen.slots), answer=chosen.answer, paraphrase=paraphrase)
 
@@ -362,21 +358,7 @@ def _crowd(rng: np.random.Generator, form: str, numbers: Mapping[str, int], held
         pairs = [(c, s) for c in COLOURS for s in SHAPES if ((c, s) in HELD_OUT) == (i == special)]
         pairs = [pair for pair in pairs if pair[of] == name]
         kinds.append(pairs[rng.integers(len(pairs))])
-    return _arranged([kinds[i] for i in rng.permutation(len(kinds))], rng)
-
-
-def _arranged(kinds: Sequence[tuple[str, str]], rng: np.random.Generator) -> Scene:
-    """A scene of exactly these colours and shapes, otherwise as ``shapes.scene`` draws it."""
-    sizes = shapes._sizes(rng, [shape for _, shape in kinds])
-    widths = [shapes.SIZES[size] * (0.92 + 0.16 * rng.random()) for size in sizes]
-    extents = [(width, width * shapes._ASPECTS[shape]) for width, (_, shape) in zip(widths, kinds, strict=True)]
-    while (boxes := shapes._place(rng, extents)) is None:
-        pass  # no room was found: once more from the start
-    things = tuple(
-        Thing(shape=shape, colour=colour, size=size, material=str(rng.choice(shapes.MATERIALS)), x=x, y=y, width=width)
-        for (colour, shape), size, (x, y, width, _) in zip(kinds, sizes, boxes, strict=True)
-    )
-    return Scene(things=things, background=shapes._background(rng, {colour for colour, _ in kinds}))
+    return shapes.arrange([kinds[i] for i in rng.permutation(len(kinds))], rng)
 
 
 def _some(rng: np.random.Generator, number: int) -> tuple[str, list[str]]:
@@ -386,7 +368,7 @@ def _some(rng: np.random.Generator, number: int) -> tuple[str, list[str]]:
 
 
 def _noun(form: str, name: str) -> str:
-    return f"{name} objects" if form == "colours" else _plural(name)
+    return f"{name} objects" if form == "colours" else plural(name)
 
 
 def _counted_scene(rng: np.random.Generator, held_out: bool) -> tuple[Scene, _Wanted]:

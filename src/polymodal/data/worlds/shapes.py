@@ -293,6 +293,11 @@ def scene(rng: np.random.Generator, *, objects: int | None = None, held_out: boo
     assert 1 <= count <= MAX_OBJECTS, f"{count} objects; a scene has 1 to {MAX_OBJECTS}"
     special = int(rng.integers(count)) if held_out else -1
     kinds = [_kind(rng, i == special) for i in range(count)]
+    return arrange(kinds, rng)
+
+
+def arrange(kinds: Sequence[tuple[str, str]], rng: np.random.Generator) -> Scene:
+    """A scene of exactly these colours and shapes; sizes, places, materials and the background are drawn."""
     sizes = _sizes(rng, [shape for _, shape in kinds])
     widths = [SIZES[size] * (0.92 + 0.16 * rng.random()) for size in sizes]
     extents = [(width, width * _ASPECTS[shape]) for width, (_, shape) in zip(widths, kinds, strict=True)]
@@ -320,7 +325,8 @@ def facts(scene: Scene) -> list[Fact]:
     return found
 
 
-def _plural(shape: str) -> str:
+def plural(shape: str) -> str:
+    """``cups``, ``crosses``."""
     return shape + ("es" if shape.endswith("s") else "s")
 
 
@@ -345,7 +351,7 @@ def _count(scene: Scene, rng: np.random.Generator) -> str:
     elif form == 1:
         shapes = Counter(t.shape for t in things)
         shape = sorted(shapes)[rng.integers(len(shapes))]
-        number, noun = shapes[shape], (shape, _plural(shape))
+        number, noun = shapes[shape], (shape, plural(shape))
     else:
         colours = Counter(t.colour for t in things)
         colour = sorted(colours)[rng.integers(len(colours))]

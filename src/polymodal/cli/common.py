@@ -1,0 +1,69 @@
+"""What commands have in common: how they are declared, the arguments that many take, and how models are loaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from polymodal.systems.base import System
+
+MODEL = "polymodal/nano-clip"  # finds
+WRITER = "polymodal/nano-vlm"  # answers
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of examples as they are."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+
+def command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], purpose: str, examples: str
+) -> argparse.ArgumentParser:
+    """Adds a command: what `run` gives is its exit status, ``examples`` stand below its help."""
+    sub = commands.add_parser(
+        name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".", epilog=examples, formatter_class=Help
+    )
+    sub.set_defaults(run=run)
+    sub.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    return sub
+
+
+def with_model(sub: argparse.ArgumentParser, default: str = MODEL) -> None:
+    """Adds ``--model``; ``default`` is for the help."""
+    sub.add_argument("--model", metavar="NAME", help=f"a shipped model, a folder or a Hub name (default: {default})")
+
+
+def with_json(sub: argparse.ArgumentParser) -> None:
+    """Adds ``--json``."""
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+
+def count(text: str) -> int:
+    """A positive number, for ``type=``."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def model_name(name: str) -> str:
+    """What an index may remember: a folder by its whole path."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
+
+
+def load_model(name: str) -> System:
+    """A model in the precision and on the device that are the fastest here."""
+    import torch
+
+    from polymodal.api import load
+
+    model = load(name, precision="auto")
+    return model.cuda() if torch.cuda.is_available() else model

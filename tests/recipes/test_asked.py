@@ -1,0 +1,137 @@
+"""What nano-vlm learns from: rows as its chat template writes them, true maps, and nothing that is held out."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from polymodal.core.chat import Chat
+from polymodal.core.errors import DataError
+from polymodal.data.worlds import charts, documents, questions, shapes
+from polymodal.data.worlds.asked import HELD_OUT_PARAPHRASES
+from polymodal.heads.lm import IGNORE
+from recipes.nano import asked, vlm
+
+
+@pytest.fixture(autouse=True)
+def fonts() -> None:
+    try:
+        documents.fonts(held_out=True)
+    except DataError as error:
+        pytest.skip(str(error))
+
+
+def lessons(count: int, scenes: float, charted: float) -> list[asked.Lesson]:
+    rng = np.random.default_rng(3)
+    source = asked.Pictures(scenes=scenes, charts=charted, collate=asked.collate)
+    return [source.lesson(rng) for _ in range(count)]
+
+
+def test_rows_are_those_that_the_chat_template_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asked, "NOISE", 0.0)
+    learner = vlm.model()
+    assert isinstance(learner, vlm.Learner)
+    for lesson in lessons(6, scenes=0.4, charted=0.3):
+        messages = []
+        for turn, (question, answer) in enumerate(lesson.asked):
+            content = [{"type": "image", "image": PILImage.fromarray(lesson.pixels)}] if turn == 0 else []
+            messages += [
+                {"role": "user", "content": [*content, {"type": "text", "text": question}]},
+                {"role": "assistant", "content": answer},
+            ]
+        ours, theirs = asked.collate([lesson], np.random.default_rng(0)), learner.vlm.lesson([Chat.of(messages)])
+        for name in ("ids", "labels", "valid", "pixels_row"):
+            assert torch.equal(ours[name], theirs[name]), name
+        torch.testing.assert_close(ours["pixels"], theirs["pixels"], rtol=0, atol=1e-5)
+
+
+def test_each_patch_is_named_by_its_words() -> None:
+    words = asked.tokenizer()
+    made = lessons(12, scenes=0.5, charted=0.2)
+    batch = asked.name_patches(made, np.random.default_rng(0))
+    assert batch["names"].shape == (12, len(asked.MAPS), asked.PATCHES)
+    for lesson, names in zip(made, batch["names"], strict=True):
+        for name, ids in zip(asked.MAPS, names.tolist(), strict=True):
+            known = asked.vocabulary(name).tolist()
+            for i, word in zip(ids, lesson.maps.get(name, [asked.NOTHING] * asked.PATCHES), strict=True):
+                assert i == IGNORE if word == asked.NOTHING and i == IGNORE else words.decode([i]) == word
+                assert i == IGNORE or i in known
+
+
+def test_a_learner_names_patches_and_answers() -> None:
+    learner, made, rng = vlm.model(), lessons(2, scenes=1.0, charted=0.0), np.random.default_rng(0)
+    assert isinstance(learner, vlm.Learner)
+    named = learner.loss(asked.name_patches(made, rng))
+    named.total.backward()
+    assert learner.vlm.vision.patch_embed.weight.grad is not None
+    assert learner.vlm.backbone.blocks[0].mlp.up_proj.weight.grad is None  # words alone, not what reads them
+    answered = learner.loss(asked.collate(made, rng))
+    assert answered.weight == sum(len(words) + 1 for m in made for words in map(asked._ids, [a for _, a in m.asked]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_maps_agree_with_the_pixels(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scene = shapes.scene(rng, objects=1)
+    picture = shapes.render(scene, asked.SIZE).astype(int)
+    maps = asked.map_scene(scene)
+    touched = _touched(np.abs(picture - np.array(scene.background)).sum(2))
+    for name in ("shape", "colour"):
+        named = [i for i, word in enumerate(maps[name]) if word != asked.NOTHING]
+        assert touched[named].mean() > 0.8, name
+    assert sum(word != asked.NOTHING for word in maps["middle"]) == 1
+
+    page = documents.line(rng, size=asked.SIZE, words=2)
+    places = [(a, x, w.origin[1] - 0.3 * w.height) for w in page.words for a, x in documents.letters(w)]
+    maps = asked.map_letters(places)
+    said = page.text.lower().replace("\n", "").replace(" ", "")
+    found = [word for name in ("letter", "second") for word in maps[name] if word != asked.NOTHING]
+    assert len(found) >= 0.8 * len(said)  # a third letter of one patch has no map
+    assert set(found) <= set(said)
+    ink = _touched(np.abs(documents.render(page, asked.SIZE).astype(int) - np.array(page.paper)).sum(2))
+    assert ink[[i for i, word in enumerate(maps["letter"]) if word != asked.NOTHING]].mean() > 0.9
+
+
+def test_letters_of_a_chart_lie_on_ink() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        chart = charts.chart(rng, size=160, kind="bar")
+        picture = charts.render(chart, 160).astype(int)
+        for letter, x, y in charts.letters(chart, 160):
+            if letter != " ":
+                near = picture[max(int(y) - 5, 0) : int(y) + 6, max(int(x) - 4, 0) : int(x) + 5].reshape(-1, 3)
+                assert np.ptp(near, 0).sum() > 60, (letter, x, y)
+
+
+def _touched(change: np.ndarray) -> np.ndarray:
+    """Which patches hold a pixel that is not of the background."""
+    return (change > 30).reshape(asked.SIZE // 8, 8, -1, 8).any((1, 3)).flatten()
+
+
+def test_nothing_that_is_held_out_is_learned() -> None:
+    pairs = {f"{colour} {shape}" for colour, shape in shapes.HELD_OUT}
+    unseen = [w for group in questions.WORDINGS.values() for i, w in enumerate(group) if i in HELD_OUT_PARAPHRASES]
+    forms = [re.compile(re.sub(r"\\\{.*?\\\}", ".+", re.escape(wording))) for wording in unseen]
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        lesson = asked.of_scene(rng)
+        assert pairs.isdisjoint(map(" ".join, zip(lesson.maps["colour"], lesson.maps["shape"], strict=True)))
+        for question, answer in lesson.asked:
+            assert not any(pair in f"{question} {answer}" for pair in pairs), question
+            assert not any(form.fullmatch(question) for form in forms), question
+
+
+def test_the_tasks_ask_about_what_is_held_out() -> None:
+    tasks = {task.name: task for task in asked.tasks(12)}
+    assert list(tasks) == ["existence", "count", "relation", "reading", "chart value"]
+    assert {len(task.items) for task in tasks.values()} == {12}
+    again = {task.name: task for task in asked.tasks(12)}
+    for name, task in tasks.items():
+        assert [i.references for i in task.items] == [i.references for i in again[name].items]
+    words = set(asked.tokenizer().backend.get_vocab())
+    assert "appear" not in words  # a word of held-out wordings only
+    assert not any(charts.held_out_word(w) and w in words for w in ("plum", "iron", "chess"))
