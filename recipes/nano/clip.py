@@ -5,7 +5,7 @@ not know photographs.
 
 command   polymodal train recipes/nano/clip.py --out runs/nano-clip
 machine   2 CPU cores with AVX512-BF16
-time      an hour and a half
+time      two hours and a half
 expected  see `expect` below; chance stands beside each bar
 """
 
@@ -73,7 +73,7 @@ def run(steps: tuple[int, int, int] = STEPS, batch_size: int = 256) -> Run:
         name="nano-clip",
         header=Header(
             command="polymodal train recipes/nano/clip.py --out runs/nano-clip",
-            machine="2 CPU cores with AVX512-BF16", time="an hour and a half", expected="the bars of `expect`",
+            machine="2 CPU cores with AVX512-BF16", time="two hours and a half", expected="the bars of `expect`",
         ),
         model=model,
         stages=[
@@ -93,7 +93,7 @@ def run(steps: tuple[int, int, int] = STEPS, batch_size: int = 256) -> Run:
         evaluate=evaluate,
         evaluate_every=max(steps[0] // 2, 1),
         # Set before the first run from sketches a fortieth as long (another model, the same kinds of question). Not
-        # reached: symbola/r10 (0.17) and shapes/shape (0.26); docs/decisions.md 16 says what is known.
+        # reached: shapes/shape (0.745); docs/decisions.md 16 says what is known.
         expect={
             "concepts/r10": Bar(value=0.35, chance=0.10),
             "symbola/r10": Bar(value=0.20, chance=0.01),
