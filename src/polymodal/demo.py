@@ -27,7 +27,7 @@ from polymodal.retrieve.reader import Hit
 MODEL = "polymodal/nano-clip"
 ARTISTS = (pictograms.EMOJI, pictograms.OUTLINES)  # the second one's hand is unknown to the model
 SIZE = 96
-QUERIES = ("umbrella", "crescent moon", "snowman", "flag of japan")
+QUERIES = ("umbrella", "red heart", "snowman", "flag of japan")
 ASKED_WITH = "bicycle"  # what the picture of the last search shows
 SHOWN = 5
 UNSEEN = "never seen in training"

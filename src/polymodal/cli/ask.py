@@ -270,7 +270,7 @@ def _print_card(card: Any, page: Path) -> None:
 
 
 def _with_settings(sub: argparse.ArgumentParser) -> None:
-    with_model(sub, WRITER)
+    with_model(sub, f"{WRITER}, once it is shipped")
     sub.set_defaults(model=WRITER)
     sub.add_argument("--max-tokens", type=count, default=256, metavar="N", help="tokens at most (default: 256)")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the best (default: 0)")
@@ -323,7 +323,6 @@ model that reads no clips gets frames of them as pictures, each after its time. 
 --draw writes, and that --json lists, are in pixels of the original picture, whatever the model saw.
 
 examples:
-  polymodal ask chart.png "Which bar is highest?"
   polymodal ask chart.png "Which bar is highest?" --model llava-hf/llava-1.5-7b-hf
   polymodal ask a.png b.png "What differs?" --model ~/models/qwen2-vl --json
   polymodal ask receipt.jpg "Read it" --schema receipt.schema.json --model ~/models/qwen2-vl
@@ -346,7 +345,7 @@ examples:
         "describe pictures, one by one",
         """\
 examples:
-  polymodal caption *.jpg
+  polymodal caption *.jpg --model llava-hf/llava-1.5-7b-hf
   polymodal caption a.png --prompt "caption en" --model google/paligemma-3b-mix-224""",
     )
     sub.add_argument("files", nargs="+", metavar="FILE")
@@ -365,7 +364,7 @@ examples:
 from a pipe, one a line.
 
 examples:
-  polymodal chat photo.jpg
+  polymodal chat photo.jpg --model llava-hf/llava-1.5-7b-hf
   polymodal chat a.png b.png --model ~/models/qwen2-vl --temperature 0.7""",
     )
     sub.add_argument("files", nargs="*", metavar="FILE", help="pictures that go with the first message")
