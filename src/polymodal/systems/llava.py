@@ -13,7 +13,7 @@ connector starts from normal weights. Stage 1 trains the connector alone at 1e-3
 and language model at 2e-5; the tower is frozen in both.
 
 Deviations: the tower's last layer and last norm, which nothing reads, are kept for the file's sake and never train.
-Pictures are cropped as the Hub's processor says; the paper of 1.5 pads them to a square (``pad`` of the processor).
+Pictures are cropped as the Hub's processor says; the paper of 1.5 pads them to a square.
 """
 
 from __future__ import annotations
