@@ -1,6 +1,6 @@
 """Decoding speed against transformers: the same weights, the same prompt, in one run.
 
-    python -m benchmarks.bench_decode [--tokens 32] [--rounds 3] [--dim 1024] [--layers 24]
+    python -m benchmarks.bench_decode [--tokens 64] [--rounds 3] [--dim 1024] [--layers 24]
 
 Bars: one stream in fp32 >= transformers' greedy `generate`; int8 >= 3x it; 8 streams >= 4x the tokens of one.
 A Llama of random weights (300M parameters with the defaults, about the least that people talk to), saved by
@@ -49,7 +49,7 @@ def compare(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=24)
@@ -111,6 +111,7 @@ def main() -> None:
         "transformers": transformers.__version__,
         "parameters": sum(p.numel() for p in ours.parameters()),
         "threads": torch.get_num_threads(),
+        "tokens read, written": [PROMPT, tokens],
         "tokens per CPU second": {name: round(r, 1) for name, r in rate.items()},
         "fp32 / transformers": round(rate["fp32"] / rate["transformers"], 3),
         "int8 / transformers": round(rate["int8"] / rate["transformers"], 3),
