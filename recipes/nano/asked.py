@@ -6,21 +6,19 @@ import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from PIL import Image as PILImage
 from torch import Tensor
 
-from polymodal.core.batch import Batch
-from polymodal.core.sample import Image
+from polymodal.core.batch import Batch, padded, text_batch
 from polymodal.data.worlds import charts, documents, questions, shapes
 from polymodal.data.worlds.asked import HELD_OUT_PARAPHRASES, Asked
-from polymodal.evaluate.parsers import NUMBER, SHORT, VERBATIM, YES_NO
-from polymodal.evaluate.tasks import CHARACTERS, EXACT, RELAXED, YES_OR_NO, Item, Task, world_task
+from polymodal.evaluate.tasks import Task
+from polymodal.evaluation import TASKS, World
 from polymodal.heads.lm import IGNORE
 from polymodal.modalities.image import CLIP_MEAN, CLIP_STD, Exact, ImageProcessor
 from polymodal.tokenizers.language import LanguageTokenizer
@@ -48,14 +46,13 @@ KINDS: Final[dict[str, float]] = {
     "unanswerable": 1,
 }  # fmt: skip
 CHARTED: Final[dict[str, float]] = {
-    "value": 6,
-    "highest": 1,
-    "lowest": 1,
-    "count": 1,
-    "larger": 1,
-    "difference": 0.3,
-    "sum": 0.3,
-}
+    "value": 6, "highest": 1, "lowest": 1, "count": 1, "larger": 1, "difference": 0.3, "sum": 0.3,
+}  # fmt: skip
+# The bars: which questions of which world.
+ASKED: Final = {
+    "existence": ("questions", "existence"), "count": ("questions", "count"), "relation": ("questions", "relation"),
+    "reading": ("documents", "read"), "chart value": ("charts", "value"),
+}  # fmt: skip
 NOTHING: Final = "nothing"  # what a patch without an object or a letter is called
 MAPS: Final = ("shape", "colour", "middle", "letter", "second", "next")  # what a patch is named for
 EMPTY: Final = 0.2  # of the patches that show nothing are learned: most do
@@ -71,14 +68,7 @@ def tokenizer() -> LanguageTokenizer:
     said = [w for group in wordings for i, w in enumerate(group) if i not in HELD_OUT_PARAPHRASES]
     said += [*shapes.COLOURS, *shapes.SHAPES, *map(shapes.plural, shapes.SHAPES), *shapes.RELATIONS]
     said += ["objects", "yes", "no", questions.UNKNOWN, "left top right bottom middle further lower higher", NOTHING]
-    said += [
-        *DESCRIBE,
-        "bar pie chart text",
-        *MAPS,
-        *charts.NOUNS.values(),
-        *(f"{noun}s" for noun in charts.NOUNS.values()),
-        "lines",
-    ]
+    said += [*DESCRIBE, "bar pie chart text lines", *MAPS, *(f"{noun} {noun}s" for noun in charts.NOUNS.values())]
     words = {word for text in said for word in re.findall("[a-z]+", re.sub(r"\{.*?\}", " ", text))}
     found = LanguageTokenizer.of_words(word for word in words if len(word) > 1 or word == "a")
     return replace(found, config={**found.config, "chat_template": TEMPLATE})
@@ -101,7 +91,7 @@ class Lesson:
 
     pixels: UInt8[np.ndarray, "size size 3"]
     asked: Sequence[tuple[str, str]]
-    maps: dict[str, list[str]]
+    maps: Callable[[], dict[str, list[str]]]  # made where they are learned from
 
 
 def _weighted(rng: np.random.Generator, weights: dict[str, float]) -> str:
@@ -113,19 +103,15 @@ def of_scene(rng: np.random.Generator) -> Lesson:
     scene, first = questions.pose(rng, kind=_weighted(rng, KINDS))
     more = [questions.ask(scene, rng, kind=_weighted(rng, KINDS)) for _ in range(TURNS - 1)]
     found = _different([first, *more], describe_scene(scene), rng)
-    return Lesson(shapes.render(scene, SIZE), found, map_scene(scene))
+    return Lesson(shapes.render(scene, SIZE), found, partial(map_scene, scene))
 
 
 def describe_scene(scene: shapes.Scene) -> str:
     """``top left red cup, middle right blue star``: as one reads, by the patch of its middle."""
-    side = SIZE // PATCH
-
-    def third(at: float, names: tuple[str, str, str]) -> str:
-        return names[min(int(3 * at), 2)]
-
+    across, down = questions.THIRDS
     return ", ".join(
-        f"{third(t.y, ('top', 'middle', 'bottom'))} {third(t.x, ('left', 'middle', 'right'))} {t.colour} {t.shape}"
-        for t in sorted(scene.things, key=lambda t: (int(t.y * side), t.x))
+        f"{down[int(3 * t.y)]} {across[int(3 * t.x)]} {t.colour} {t.shape}"
+        for t in sorted(scene.things, key=lambda t: (int(t.y * SIZE / PATCH), t.x))
     )
 
 
@@ -138,7 +124,7 @@ def of_chart(rng: np.random.Generator) -> Lesson:
         said = ", ".join(name for name, _ in marks)
     asked = [charts.ask(chart, rng, kind=_weighted(rng, CHARTED)) for _ in range(TURNS)]
     found = _different(asked, f"{chart.kind} chart: {said}", rng)
-    return Lesson(charts.render(chart, SIZE), found, map_letters(charts.letters(chart, SIZE)))
+    return Lesson(charts.render(chart, SIZE), found, lambda: map_letters(charts.letters(chart, SIZE)))
 
 
 def of_line(rng: np.random.Generator) -> Lesson:
@@ -146,12 +132,7 @@ def of_line(rng: np.random.Generator) -> Lesson:
     asked = documents.ask(page, rng)
     assert asked is not None
     found = (DESCRIBE[0], f"text: {asked.answer}") if rng.random() < 0.1 else (asked.question, asked.answer)
-    places = [
-        (letter, x, word.origin[1] - 0.3 * word.height)
-        for word in page.words
-        for letter, x in [*documents.letters(word), (" ", 0.0)]
-    ]
-    return Lesson(documents.render(page, SIZE), [found], map_letters(places))
+    return Lesson(documents.render(page, SIZE), [found], lambda: map_letters(documents.letters(page)))
 
 
 def _different(asked: Sequence[Asked | None], described: str, rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -228,13 +209,8 @@ def collate(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
             label += [*[IGNORE] * (len(q) + 1), *a, end]
         rows.append(row)
         labels.append(label)
-    longest = max(map(len, rows))
-    ids, learned = torch.zeros(len(rows), longest, dtype=torch.int64), torch.full((len(rows), longest), IGNORE)
-    valid = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        ids[i, : len(row)], learned[i, : len(row)] = torch.tensor(row), torch.tensor(label)
-        valid[i, : len(row)] = True
-    return Batch(ids=ids, valid=valid, labels=learned, pixels=pixels_of(lessons), pixels_row=torch.arange(len(rows)))
+    media = {"pixels": pixels_of(lessons), "pixels_row": torch.arange(len(rows))}
+    return Batch(text_batch(rows) | {"labels": padded(labels, fill=IGNORE)} | media)
 
 
 @lru_cache(maxsize=len(MAPS))
@@ -250,7 +226,7 @@ def name_patches(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
     ids = np.full((len(lessons), len(MAPS), PATCHES), IGNORE)
     empty = _ids(NOTHING)[0]
     for i, lesson in enumerate(lessons):
-        for name, words in lesson.maps.items():
+        for name, words in lesson.maps().items():
             ids[i, MAPS.index(name)] = [_ids(word)[0] for word in words]
     ids[(ids == empty) & (rng.random(ids.shape) > EMPTY)] = IGNORE
     return Batch(pixels=pixels_of(lessons), names=torch.from_numpy(ids))
@@ -280,42 +256,9 @@ class Pictures:
 # ---- to be asked about
 
 
-def _scenes(kind: str) -> Callable[[np.random.Generator], Item]:
-    def draw(rng: np.random.Generator) -> Item:
-        scene, asked = questions.pose(rng, kind=kind, held_out=True, reworded=True)
-        options = ("yes", "no") if kind in ("existence", "relation") else ()
-        return _item(shapes.render(scene, SIZE), asked, options)
-
-    return draw
-
-
-def _line(rng: np.random.Generator) -> Item:
-    page = documents.line(rng, size=SIZE, held_out=True)
-    asked = documents.ask(page, rng, reworded=True)
-    assert asked is not None
-    return _item(documents.render(page, SIZE), asked)
-
-
-def _value(rng: np.random.Generator) -> Item:
-    while True:
-        chart = charts.chart(rng, size=SIZE, held_out=True)
-        if asked := charts.ask(chart, rng, kind="value", reworded=True):
-            return _item(charts.render(chart, SIZE), asked)
-
-
-def _item(pixels: np.ndarray, asked: Asked, options: tuple[str, ...] = ()) -> Item:
-    return Item.of(Image(PILImage.fromarray(pixels)), asked.question, asked.answer, kind=asked.kind, options=options)
-
-
 def tasks(count: int, seed: int = 1) -> Iterator[Task]:
-    """Held-out scenes, fonts, words and wordings: one task for each bar."""
-    made = {
-        "existence": (_scenes("existence"), YES_OR_NO, YES_NO),
-        "count": (_scenes("count"), EXACT, NUMBER),
-        "relation": (_scenes("relation"), YES_OR_NO, YES_NO),
-        "reading": (_line, CHARACTERS, VERBATIM),
-        "chart value": (_value, RELAXED, SHORT),
-    }
-    for name, (draw, metric, parser) in made.items():
-        rng = np.random.default_rng(seed)
-        yield world_task(name, [draw(rng) for _ in range(count)], metric=metric, parser=parser)
+    """Held-out scenes, fonts, words and wordings, as `polymodal evaluate` draws them: one task for each bar."""
+    for name, (world, kind) in ASKED.items():
+        drawn = TASKS[world]
+        assert isinstance(drawn, World)
+        yield replace(replace(drawn, kinds=(kind,)).task(name, SIZE, count, seed), name=name)

@@ -49,16 +49,8 @@ def model() -> nn.Module:
 IMAGES = ImageProcessor(resize=Exact(height=SIZE, width=SIZE), mean=CLIP_MEAN, std=CLIP_STD)
 
 
-def captions() -> Captions:
-    return Captions(images=IMAGES, tokenizer=tokenizer())
-
-
-def forms() -> Forms:
-    return Forms(images=IMAGES, tokenizer=tokenizer())
-
-
-def lone() -> Shapes:
-    return Shapes(images=IMAGES, tokenizer=tokenizer())
+def pictures(kind: type[Captions]) -> Captions:
+    return kind(images=IMAGES, tokenizer=tokenizer())
 
 
 def evaluate(clip: nn.Module) -> dict[str, float]:
@@ -78,15 +70,15 @@ def run(steps: tuple[int, int, int] = STEPS, batch_size: int = 256) -> Run:
         model=model,
         stages=[
             stage(
-                name="contrast", steps=steps[0], source=captions, lr=1e-3, ema=0.999,
+                name="contrast", steps=steps[0], source=partial(pictures, Captions), lr=1e-3, ema=0.999,
                 schedule=Cosine(warmup=min(200, steps[0] // 10)),
             ),
             stage(
-                name="form", steps=steps[1], source=forms, lr=7e-4, ema=0.995,
+                name="form", steps=steps[1], source=partial(pictures, Forms), lr=7e-4, ema=0.995,
                 schedule=Cosine(warmup=min(50, steps[1] // 10)),
             ),
             stage(
-                name="shape", steps=steps[2], source=lone, lr=7e-4, ema=0.995,
+                name="shape", steps=steps[2], source=partial(pictures, Shapes), lr=7e-4, ema=0.995,
                 schedule=Cosine(warmup=min(50, steps[2] // 10)),
             ),
         ],

@@ -57,7 +57,7 @@ def test_each_patch_is_named_by_its_words() -> None:
     for lesson, names in zip(made, batch["names"], strict=True):
         for name, ids in zip(asked.MAPS, names.tolist(), strict=True):
             known = asked.vocabulary(name).tolist()
-            for i, word in zip(ids, lesson.maps.get(name, [asked.NOTHING] * asked.PATCHES), strict=True):
+            for i, word in zip(ids, lesson.maps().get(name, [asked.NOTHING] * asked.PATCHES), strict=True):
                 assert i == IGNORE if word == asked.NOTHING and i == IGNORE else words.decode([i]) == word
                 assert i == IGNORE or i in known
 
@@ -86,8 +86,7 @@ def test_maps_agree_with_the_pixels(seed: int) -> None:
     assert sum(word != asked.NOTHING for word in maps["middle"]) == 1
 
     page = documents.line(rng, size=asked.SIZE, words=2)
-    places = [(a, x, w.origin[1] - 0.3 * w.height) for w in page.words for a, x in documents.letters(w)]
-    maps = asked.map_letters(places)
+    maps = asked.map_letters(documents.letters(page))
     said = page.text.lower().replace("\n", "").replace(" ", "")
     found = [word for name in ("letter", "second") for word in maps[name] if word != asked.NOTHING]
     assert len(found) >= 0.8 * len(said)  # a third letter of one patch has no map
@@ -119,7 +118,7 @@ def test_nothing_that_is_held_out_is_learned() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         lesson = asked.of_scene(rng)
-        assert pairs.isdisjoint(map(" ".join, zip(lesson.maps["colour"], lesson.maps["shape"], strict=True)))
+        assert pairs.isdisjoint(map(" ".join, zip(lesson.maps()["colour"], lesson.maps()["shape"], strict=True)))
         for question, answer in lesson.asked:
             assert not any(pair in f"{question} {answer}" for pair in pairs), question
             assert not any(form.fullmatch(question) for form in forms), question

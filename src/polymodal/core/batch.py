@@ -14,6 +14,17 @@ from polymodal.core.errors import DataError
 IGNORE = -100  # the label of a token that is not learned: prompts, placeholders, padding
 
 
+def padded(rows: Sequence[Sequence[int]], *, fill: int = 0, width: int | None = None) -> Tensor:
+    """Rows of numbers (or of booleans) as one tensor, filled up at their ends to ``width``, else to the longest."""
+    width = max(map(len, rows)) if width is None else width
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+
+
+def text_batch(rows: Sequence[Sequence[int]], *, width: int | None = None) -> Batch:
+    """The ``ids`` of rows, `padded`, and where they are ``valid``."""
+    return Batch(ids=padded(rows, width=width), valid=padded([[True] * len(r) for r in rows], fill=False, width=width))
+
+
 class Batch(dict[str, Tensor]):
     """Tensors by name; the first axis of each is the batch.
 

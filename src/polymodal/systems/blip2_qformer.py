@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from polymodal.backbones.bert import BertConfig, MaskedHead
 from polymodal.backbones.encdec_families import masked_head_rules, read_architecture
 from polymodal.connectors.qformer import QFormer, QFormerConfig, Seen, TextTables
-from polymodal.core.batch import Batch, Loss
+from polymodal.core.batch import Batch, Loss, text_batch
 from polymodal.core.distributed import gather_with_grad, rank
 from polymodal.core.errors import MediaError, UnsupportedError
 from polymodal.core.sample import Sample
@@ -223,15 +223,15 @@ class BLIP2QFormer(System):
         """
         if not isinstance(self.images, ImageProcessor):
             raise UnsupportedError(f"{self.source} has no image processor")
-        ids, valid = (torch.zeros(len(pairs), length, dtype=kind) for kind in (torch.int64, torch.bool))
+        rows = []
         for row, pair in enumerate(pairs):
             if len(pair.images) != 1 or len(pair.texts) != 1:
                 raise MediaError(f"a pair is a picture and a text; sample {row} has {len(pair.parts)} parts")
             text = self._ids(pair.texts[0].text)
             if len(text) > length:
                 raise MediaError(f"the text of sample {row} has {len(text)} tokens, more than {length}")
-            ids[row, : len(text)], valid[row, : len(text)] = torch.tensor(text), True
-        return Batch(pixels=self.images([pair.images[0] for pair in pairs]), ids=ids, valid=valid)
+            rows.append(text)
+        return Batch(text_batch(rows, width=length) | {"pixels": self.images([pair.images[0] for pair in pairs])})
 
     def count(self, sample: Sample) -> int:
         """Tokens of a sample: the queries of each picture, and its texts with [CLS] and [SEP]."""

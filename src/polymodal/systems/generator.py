@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from polymodal.backbones.decoder import Decoder
-from polymodal.core.batch import Batch, Loss
+from polymodal.core.batch import Batch, Loss, padded, text_batch
 from polymodal.core.chat import Chat
 from polymodal.core.distributed import is_distributed
 from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
@@ -257,32 +257,26 @@ class Generator(System):
                     "does not write one for each"
                 )
             row: list[int] = []
-            mark: list[bool] = []
+            label: list[int] = []
             for place, i in enumerate(prompt):
                 new = next(queue) if i in self._media_ids else [i]
                 row += new
-                mark += [marks is not None and marks[number][place]] * len(new)
+                label += new if marks is not None and marks[number][place] else [IGNORE] * len(new)
             if len(row) > self.context:
                 raise MediaError(
                     f"a prompt of {len(row)} tokens; {type(self).__name__} reads at most {self.context}: fewer or "
                     "smaller pictures, or a shorter text"
                 )
             wide.append(row)
-            learned.append(mark)
+            learned.append(label)
             owners += [number] * len(mine)
-        longest = max(map(len, wide))
-        ids = torch.zeros(len(wide), longest, dtype=torch.int64)
-        valid = torch.zeros(len(wide), longest, dtype=torch.bool)
-        labels = torch.full((len(wide), longest), IGNORE)
-        for number, (row, mark) in enumerate(zip(wide, learned, strict=True)):
-            ids[number, : len(row)] = torch.tensor(row)
-            valid[number, : len(row)] = True
-            labels[number, : len(row)][torch.tensor(mark)] = ids[number, : len(row)][torch.tensor(mark)]
-        out = Batch(ids=ids, valid=valid) | ({"labels": labels} if marks is not None else {})
+        out = text_batch(wide)
+        if marks is not None:
+            out["labels"] = padded(learned, fill=IGNORE)
         for name, tensor in media.items():
             # Entries are numbered by picture; a batch numbers them by row.
             out[name] = torch.tensor(owners)[tensor] if name.endswith("_row") else tensor
-        return Batch(out)
+        return out
 
     def count(self, sample: Sample) -> int:
         """Tokens that the parts of a sample become, without what a chat template adds."""

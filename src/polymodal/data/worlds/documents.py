@@ -239,11 +239,16 @@ def _ink(text: str, face: str, height: int) -> Box:
     return x + left, y + top, x + right, y + bottom
 
 
-def letters(word: Word) -> list[tuple[str, float]]:
-    """Each letter of a word and where on the page its middle is, from the left, in pixels."""
-    font = _font(word.face, word.height)
-    ends = [font.getlength(word.text[:n]) for n in range(len(word.text) + 1)]
-    return [(letter, word.origin[0] + (a + b) / 2) for letter, a, b in zip(word.text, ends, ends[1:], strict=False)]
+def letters(page: Page) -> list[tuple[str, float, float]]:
+    """Each letter of a page and about where its middle is (x, y), in reading order; a blank ends each word."""
+    found = []
+    for word in page.words:
+        font, (x, baseline) = _font(word.face, word.height), word.origin
+        ends = [x + font.getlength(word.text[:n]) for n in range(len(word.text) + 1)]
+        y = baseline - 0.3 * word.height
+        found += [(letter, (a + b) / 2, y) for letter, a, b in zip(word.text, ends, ends[1:], strict=False)]
+        found.append((" ", ends[-1], y))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- words

@@ -26,7 +26,7 @@ UNKNOWN: Final = "unknown"  # the answer to a question about something that is n
 MAX_COUNT: Final = 5
 
 _FURTHER = {"left of": "further left", "right of": "further right", "above": "higher", "below": "lower"}
-_THIRDS = (("left", "middle", "right"), ("top", "middle", "bottom"))
+THIRDS: Final = (("left", "middle", "right"), ("top", "middle", "bottom"))  # across, down
 _CLEAR = 0.04  # of the side: objects nearer than this to the border of a third are not asked for their place
 _SHAPE_ALONE = 0.2  # how often an object is called "the cup" where there is only one cup
 
@@ -228,7 +228,7 @@ def _place(view: _View) -> list[_Candidate]:
     for i in view.subjects():
         if i not in view.names:
             continue
-        for at, thirds in zip((view.things[i].x, view.things[i].y), _THIRDS, strict=True):
+        for at, thirds in zip((view.things[i].x, view.things[i].y), THIRDS, strict=True):
             if min(abs(at - 1 / 3), abs(at - 2 / 3)) > _CLEAR:
                 choices = f"{thirds[0]}, {thirds[1]} or {thirds[2]}"
                 slots = {"a": f"the {view.names[i]}", "choices": choices}
