@@ -26,7 +26,7 @@ from polymodal.tokenizers.language import LanguageTokenizer
 SIZE, PATCH = 80, 8
 PATCHES = (SIZE // PATCH) ** 2
 IMAGES = ImageProcessor(resize=Exact(height=SIZE, width=SIZE), mean=CLIP_MEAN, std=CLIP_STD)
-TURNS = 3  # questions about one picture; then it is described
+TURNS = 4  # questions about one picture; then it is described
 # A question, then its answer: no names of roles, each of which would be a token.
 TEMPLATE = """\
 {%- for message in messages -%}
@@ -209,7 +209,9 @@ def collate(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
             label += [*[IGNORE] * (len(q) + 1), *a, end]
         rows.append(row)
         labels.append(label)
-    media = {"pixels": pixels_of(lessons), "pixels_row": torch.arange(len(rows))}
+    number = torch.arange(len(rows))
+    frames = {"frames": torch.ones_like(number), "frames_row": number}
+    media = {"pixels": pixels_of(lessons), "pixels_row": number, **frames}
     return Batch(text_batch(rows) | {"labels": padded(labels, fill=IGNORE)} | media)
 
 

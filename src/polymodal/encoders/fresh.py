@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from polymodal.encoders.stem import Stem
 from polymodal.encoders.vision_families import VISION_FAMILIES
 from polymodal.encoders.vit import ViT
 
@@ -16,6 +17,8 @@ def init_tower(tower: ViT) -> None:
     c = tower.config
     kind = "clip_vision_model" if c.pre_norm else "blip_2_vision_model"
     VISION_FAMILIES[kind if c.class_token else "siglip_vision_model"].init(tower)
+    if isinstance(tower.stem, Stem):
+        tower.stem.init_weights()
     for tokens in (tower.registers, tower.mask_token):
         if tokens is not None:
             nn.init.trunc_normal_(tokens, std=0.02, a=-0.04, b=0.04)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from polymodal.core.errors import ConfigError, MediaError
 from polymodal.core.tokens import Modality, Tokens
+from polymodal.encoders.stem import StemConfig
 from polymodal.nn.block import Block
 from polymodal.nn.mlp import ActivationName
 from polymodal.nn.position import resize_grid
@@ -46,8 +47,11 @@ class ViTConfig:
     layer_scale: float | None = None
     drop_path: float = 0.0
     num_registers: int = 0
+    stem: StemConfig | None = None  # convolutions instead of one that cuts out the patches
 
     def __post_init__(self) -> None:
+        if self.stem is not None and self.stem.patch_size != self.patch_size:
+            raise ConfigError(f"this stem makes patches of {self.stem.patch_size} pixels, not of {self.patch_size}")
         if self.num_heads < 1 or self.dim % self.num_heads:
             raise ConfigError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         if self.image_size < self.patch_size:
@@ -74,7 +78,9 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.patch_embed = nn.Conv2d(c.num_channels, c.dim, c.patch_size, c.patch_size, bias=c.patch_bias)
+        self.stem = nn.Identity() if c.stem is None else c.stem.build(c.num_channels)
+        inputs, size = (c.num_channels, c.patch_size) if c.stem is None else (c.stem.channels[-1], 1)
+        self.patch_embed = nn.Conv2d(inputs, c.dim, size, size, bias=c.patch_bias)
         self.class_token = nn.Parameter(torch.empty(c.dim)) if c.class_token else None
         self.mask_token = nn.Parameter(torch.empty(c.dim)) if c.mask_token else None
         self.registers = nn.Parameter(torch.empty(c.num_registers, c.dim)) if c.num_registers else None
@@ -110,7 +116,7 @@ class ViT(nn.Module):
         native = (self.config.image_size, self.config.image_size)
         if (height % size or width % size) and (height, width) != native:
             raise MediaError(f"a picture of {height} x {width} pixels is not a whole number of {size} x {size} patches")
-        x = rearrange(self.patch_embed(pixels.to(self.patch_embed.weight.dtype)), "b d h w -> b (h w) d")
+        x = rearrange(self.patch_embed(self.stem(pixels.to(self.position.dtype))), "b d h w -> b (h w) d")
         if masked is not None:
             assert self.mask_token is not None, "this tower has no mask token"
             x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
