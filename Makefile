@@ -23,6 +23,7 @@ STAMPS := $(VENV)/stamps
 VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null)
 PACKAGES := fonts-noto-color-emoji fonts-symbola unicode-cldr-core libcairo2 \
 	fonts-unifont fonts-dejavu-core fonts-freefont-ttf
+SIMULATORS := libegl1 libegl-mesa0 libgl1-mesa-dri libgles2 libopengl0 chromium
 
 say = @echo "== $(1)"
 
@@ -75,7 +76,7 @@ format: $(STAMPS)/dev ## let ruff format and fix what it can
 
 packages: # tests that need a missing package are skipped by name
 	$(call say,System packages that tests need)
-	@sh tools/system_packages.sh $(PACKAGES) || true
+	@sh tools/system_packages.sh $(PACKAGES) $(SIMULATORS) || true
 
 clean: ## remove .venv, caches and everything built or run here
 	$(call say,Removing $(VENV)$(comma) caches$(comma) build/ dist/ demo/)
@@ -100,7 +101,8 @@ $(STAMPS)/demo: $(STAMPS)/python-$(VERSION) pyproject.toml constraints.txt
 $(STAMPS)/dev: $(STAMPS)/python-$(VERSION) pyproject.toml constraints.txt
 	$(call say,Installing polymodal[dev]: a few minutes the first time)
 	@$(PIP) -e '.[dev]'
-	@$(PIP) --no-deps open_clip_torch # a reference of the tests; without what it asks for, which is torchvision and timm
+	@# References of the tests, without what they ask for: torchvision and timm; dm-tree.
+	@$(PIP) --no-deps open_clip_torch openpi-client
 	@touch $@ $(STAMPS)/demo
 
 comma := ,

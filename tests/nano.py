@@ -11,31 +11,45 @@ import torch
 import polymodal
 from polymodal.backbones.bert import BertConfig
 from polymodal.backbones.decoder import AttentionConfig, DecoderConfig, Gated, Learned, Plain
+from polymodal.backbones.detr import DetrConfig
 from polymodal.backbones.encdec import EncDecConfig, RelativeBias, StackConfig, Unbiased
+from polymodal.backbones.experts import ExpertConfig
 from polymodal.backbones.families import ControlIds
+from polymodal.backbones.readouts import ReadoutConfig
+from polymodal.backbones.steps import StepDecoderConfig
+from polymodal.backbones.unet1d import UNet1dConfig
 from polymodal.connectors.gated import GatedConfig
 from polymodal.connectors.grid import PixelShuffle
 from polymodal.connectors.mlp import MLP, Linear
 from polymodal.connectors.qformer import QFormerConfig, TextTables
 from polymodal.connectors.resampler import ResamplerConfig
+from polymodal.connectors.token_learner import TokenLearnerConfig
 from polymodal.core.batch import Batch
+from polymodal.encoders.efficientnet import EfficientNetConfig
 from polymodal.encoders.qwen_vision import QwenVisionConfig, Windows
+from polymodal.encoders.resnet import ResNetConfig
+from polymodal.encoders.small_stem import SmallStemConfig
 from polymodal.encoders.text import TextConfig
+from polymodal.encoders.trunk import PixelTrunk
 from polymodal.encoders.vit import ViTConfig
 from polymodal.heads.distillation import DistillationConfig
 from polymodal.heads.reconstruction import PatchDecoderConfig
+from polymodal.heads.score import ScoreConfig
 from polymodal.modalities.tiles import Grid
-from polymodal.nn.norm import RMS, Layer, OffsetRMS
+from polymodal.nn.norm import RMS, AdaptiveRMS, Layer, OffsetRMS
 from polymodal.nn.rope import Rope
 from polymodal.systems import TABLE
+from polymodal.systems.act import ACTConfig
 from polymodal.systems.bart import BARTConfig
 from polymodal.systems.base import System
+from polymodal.systems.behaviour import BehaviourConfig
 from polymodal.systems.bert import BERTConfig
 from polymodal.systems.blip2 import BLIP2Config
 from polymodal.systems.blip2_qformer import BLIP2QFormerConfig
 from polymodal.systems.clip import CLIPConfig
 from polymodal.systems.composed import ComposedConfig
 from polymodal.systems.composed_crossed import ComposedCrossedConfig
+from polymodal.systems.diffusion_policy import DiffusionPolicyConfig
 from polymodal.systems.dinov2 import DINOv2Config
 from polymodal.systems.flamingo import FlamingoConfig
 from polymodal.systems.idefics import IdeficsConfig
@@ -43,10 +57,18 @@ from polymodal.systems.language import LanguageModelConfig
 from polymodal.systems.llava import LlavaConfig
 from polymodal.systems.llava_next import LlavaNextConfig
 from polymodal.systems.mae import MAEConfig
+from polymodal.systems.octo import OctoConfig
+from polymodal.systems.openvla import OpenVLAConfig
+from polymodal.systems.openvla_oft import OpenVLAOFTConfig
 from polymodal.systems.paligemma import PaliGemmaConfig
+from polymodal.systems.pi0 import PI0Config
+from polymodal.systems.pi0_fast import PI0FastConfig
+from polymodal.systems.pi05 import PI05Config
 from polymodal.systems.prismatic import PrismaticConfig
 from polymodal.systems.qwen2_5_vl import Qwen2_5VLConfig
 from polymodal.systems.qwen2_vl import Qwen2VLConfig
+from polymodal.systems.rt1 import RT1Config
+from polymodal.systems.rt2 import RT2Config
 from polymodal.systems.siglip import SigLIPConfig
 from polymodal.systems.siglip2 import NaFlexConfig, SigLIP2Config
 from polymodal.systems.t5 import T5Config
@@ -250,6 +272,101 @@ NANO |= {
         control=PATCHES["control"],
     ),
 }
+_RESNET: dict[str, Any] = {"depths": (1, 1, 1, 1), "widths": (16, 16, 32, 32)}
+NANO["act"] = ACTConfig(
+    cameras=("top", "wrist"),
+    image_height=64,
+    image_width=96,
+    state_width=3,
+    action_width=5,
+    horizon=6,
+    vision=ResNetConfig(**_RESNET),
+    transformer=DetrConfig(dim=32, num_heads=4, hidden_dim=64, dropout=0.0),
+    num_encoder_layers=1,
+    num_style_layers=1,
+    latent_dim=4,
+)
+NANO["diffusion_policy"] = DiffusionPolicyConfig(
+    cameras=("front", "wrist"),
+    image_height=40,
+    image_width=56,
+    state_width=3,
+    action_width=5,
+    horizon=8,
+    vision=ResNetConfig(**_RESNET, norm="group"),
+    keypoints=4,
+    crop=(36, 50),
+    backbone=UNet1dConfig(widths=(16, 32), kernel_size=3, step_dim=16),
+    steps=20,
+    taken=20,
+)
+NANO["behaviour_cloning"] = BehaviourConfig(
+    trunk=PixelTrunk(
+        cameras=("front", "wrist"), image_size=16, channels=16, keypoints=8, state_width=3, dim=32, num_layers=1
+    ),
+    words=("blue", "cup", "put", "red", "the"),
+    horizon=4,
+    action_width=5,
+    text_dim=32,
+    context=8,
+)
+NANO["rt1"] = RT1Config(
+    vision=EfficientNetConfig(width=0.25, depth=0.25, resolution=64, padding="open"),
+    connector=TokenLearnerConfig(num_tokens=2, hidden_dim=8),
+    backbone=StepDecoderConfig(dim=32, num_layers=2, num_heads=2, head_dim=24),
+    words=("blue", "cup", "put", "red", "the"),
+    context=4,
+    text_dim=32,
+    history=2,
+    action_width=3,
+    vocab_size=16,
+)
+NANO |= {
+    "rt2": RT2Config(**vars(NANO["paligemma"]), action_dim=3),
+    "openvla": OpenVLAConfig(**vars(NANO["prismatic"]), action_dim=3, num_bins=16, padding=0, empty_id=None),
+    "openvla_oft": OpenVLAOFTConfig(
+        **vars(NANO["prismatic"]), action_dim=3, horizon=2, state_dim=4, film=True, empty_id=None
+    ),
+}
+_PI: dict[str, Any] = {
+    "vision": PATCHES["vision"],
+    "family": "gemma",
+    "backbone": replace(NANO["paligemma"].backbone, vocab_size=39),
+    "image_id": 39,
+    "control": PATCHES["control"],
+    "cameras": ("front", "wrist"),
+    "horizon": 4,
+    "action_width": 5,
+    "state_width": 3,
+    "prompt": 32,
+}
+_EXPERT: dict[str, Any] = {"dim": 16, "mlp": Gated(hidden_dim=32, activation="gelu_tanh")}
+NANO |= {
+    "pi0": PI0Config(**_PI, expert=ExpertConfig(**_EXPERT)),
+    "pi0_fast": PI0FastConfig(
+        **vars(NANO["paligemma"])
+        | {"backbone": replace(NANO["paligemma"].backbone, vocab_size=160, context=512), "image_id": 159},
+        action_id=150,
+        cameras=("front", "wrist"),
+        horizon=4,
+        action_width=3,
+        state_width=2,
+    ),
+    "pi05": PI05Config(**_PI, expert=ExpertConfig(**_EXPERT, norm=AdaptiveRMS())),
+}
+NANO["octo"] = OctoConfig(
+    cameras=("front", "wrist"),
+    image_size=16,
+    vision=SmallStemConfig(channels=(64, 64), dim=24),
+    text=_T5,
+    vocab_size=40,
+    text_dim=32,
+    context=8,
+    horizon=3,
+    action_width=4,
+    backbone=ReadoutConfig(**SHAPE),
+    head=ScoreConfig(hidden_dim=16, num_layers=1, time_dim=8),
+)
 
 
 def every_system(claim: str, kind: type[System] = System, *, referenced: bool = False) -> pytest.MarkDecorator:

@@ -43,7 +43,7 @@ def identify(folder: Path) -> tuple[type[System], str]:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json: it is not a checkpoint in the format of the Hub")
     config = read_json(folder / "config.json")
-    model_type = config.get("model_type") if isinstance(config, dict) else None
+    model_type = config.get("model_type", config.get("type")) if isinstance(config, dict) else None  # LeRobot's: type
     known = {t for entry in TABLE.values() for t in entry.model_types}
     if not isinstance(model_type, str) or model_type not in known:
         raise ConfigError(
@@ -52,7 +52,8 @@ def identify(folder: Path) -> tuple[type[System], str]:
     readers = [entry for entry in TABLE.values() if model_type in entry.model_types]
     named = config.get("architectures") or ()
     chosen = [entry for entry in readers if any(name in named for name in entry.architectures)]
-    return (chosen or readers)[0].resolve(), "hf"
+    cls = (chosen or readers)[0].resolve()
+    return cls, "lerobot" if "model_type" not in config and "lerobot" in cls.formats else "hf"
 
 
 def build(config: Any) -> System:

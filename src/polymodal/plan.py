@@ -35,6 +35,7 @@ from polymodal.modalities.image import MAX_PIXELS
 from polymodal.nn.dryrun import DryRun, Held, Work
 from polymodal.nn.precision import cast
 from polymodal.systems import TABLE
+from polymodal.systems.acting import Policy
 from polymodal.systems.base import DualEncoder, Embedder, System
 from polymodal.systems.generator import Generator
 from polymodal.weights.hub import resolve, shipped
@@ -49,8 +50,8 @@ class Input:
     """What is priced.
 
     Attributes:
-        images: width and height of each picture before pre-processing; if None one of 640 x 480, unless there is a clip
-            or the system reads no pictures.
+        images: width and height of each picture before pre-processing; if None one of 640 x 480 (of each camera of a
+            policy), unless there is a clip or the system reads no pictures. Policies that do not write read theirs.
         frames: of a clip as large as the first picture (640 x 480 without one), at ``fps``; a system without clips
             reads them as so many pictures.
         text: tokens of the prompt beside the media, or of each text that is embedded.
@@ -339,9 +340,11 @@ class _Run:
         """What the system is for: to write, to embed, or to be read from."""
         model = self.model
         if isinstance(model, Generates):
-            self._write(model)
+            self._write(model, self._dry(prompt(model, self.given, self.tokens)))
         elif isinstance(model, Embedder):
             self._embed(model)
+        elif isinstance(model, Policy):
+            self._act(model)
         elif "pixels" in model.inputs_spec():
             raise UnsupportedError(f"{type(model).__name__} reads pairs to train on, which has no price yet")
         else:
@@ -359,10 +362,8 @@ class _Run:
 
     # -- writing
 
-    def _write(self, model: Any) -> None:
-        given, dry = self.given, self.dry
-        batch = self._dry(prompt(model, given, self.tokens))
-        length = batch["ids"].shape[1]
+    def _write(self, model: Any, batch: Batch) -> None:
+        given, dry, length = self.given, self.dry, batch["ids"].shape[1]
         with dry:
             memory = model.new_memory(given.batch, length + given.new)
             spare = model.new_memory(given.batch, length + given.new + 1)
@@ -417,6 +418,22 @@ class _Run:
                 model.encode(batch)
             self.add("texts", counted)
 
+    # -- acting
+
+    def _act(self, model: Policy) -> None:
+        """A chunk for observations as the spec has them; of a head that writes, a trunk and tokens."""
+        generator = torch.Generator().manual_seed(0)
+        specs = {n: spec for n, spec in model.inputs_spec().items() if not n.startswith(("actions", "labels"))}
+        batch = self._dry(Batch({name: spec.random(self.given.batch, generator) for name, spec in specs.items()}))
+        writer = next((part for part in model.children() if isinstance(part, Generates)), None)
+        with self.dry.counted() as counted, model.acting():
+            condition = model.chunk(batch) if writer is None else model(batch)
+        self.add("chunk" if writer is None else "trunk", counted)
+        if writer is not None:
+            ids = torch.zeros(self.given.batch, 1, dtype=torch.int64)
+            with model.acting():
+                self._write(writer, Batch(ids=ids, condition=condition))
+
     # -- training
 
     def train(self) -> None:
@@ -465,7 +482,8 @@ def settled(model: nn.Module, given: Input) -> Input:
     if given.images is not None:
         return given
     reads = isinstance(model, Embedder) or (isinstance(model, Generator) and model.media_id is not None)
-    return replace(given, images=(PICTURE,) if reads and not given.frames else ())
+    pictures = len(model.cameras) if isinstance(model, Policy) else 1
+    return replace(given, images=(PICTURE,) * pictures if reads and not given.frames else ())
 
 
 def prompt(model: Any, given: Input, tokens: dict[str, int]) -> Batch:

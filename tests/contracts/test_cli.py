@@ -42,6 +42,9 @@ COMMANDS = [
     "chat",
     "evaluate",
     "plan",
+    "record",
+    "act",
+    "serve-policy",
 ]
 POLYMODAL = [sys.executable, "-m", "polymodal"]
 
@@ -123,7 +126,7 @@ def help_of(capsys: pytest.CaptureFixture[str], *command: str) -> str:
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(capsys)
-    assert all(re.search(rf"^ +{name} ", text, re.MULTILINE) for name in COMMANDS)
+    assert all(re.search(rf"^ +{name}\s", text, re.MULTILINE) for name in COMMANDS)
     assert "{" + ",".join(COMMANDS) + "}" not in text
 
 
@@ -133,7 +136,7 @@ def test_each_command_teaches_with_examples_that_parse(capsys: pytest.CaptureFix
     examples = re.findall(r"^ {2}polymodal (.+?)(?: {2,}.*)?$", text.split("examples:")[1], re.MULTILINE)
     assert len(examples) >= 2
     for example in examples:
-        assert _parser().parse_args(shlex.split(example)).run.__name__ == f"_{command}"
+        assert _parser().parse_args(shlex.split(example)).run.__name__ == f"_{command.replace('-', '_')}"
 
 
 @pytest.mark.parametrize(

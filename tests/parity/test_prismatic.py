@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
 class Together(nn.Module):
     """The published description, of transformers' parts."""
 
-    def __init__(self, fused: bool) -> None:
+    def __init__(self, fused: bool, text: dict[str, Any] = TEXT) -> None:
         super().__init__()
         siglip = transformers_class("SiglipVisionConfig")(
             **WIDE, **PATCH, hidden_act="gelu", attn_implementation="eager"
@@ -73,7 +73,7 @@ class Together(nn.Module):
         else:
             self.projector = nn.Sequential(nn.Linear(width, 32), nn.GELU(), nn.Linear(32, 32))
         self.llm = transformers_class("LlamaForCausalLM")(
-            transformers_class("LlamaConfig")(**TEXT, attn_implementation="eager")
+            transformers_class("LlamaConfig")(**text, attn_implementation="eager")
         )
         self.fused = fused
 

@@ -32,9 +32,12 @@ from polymodal.nn.precision import cast
 from polymodal.nn.quantise import quantise_int8
 from polymodal.plan import Input, Plan, parameters, price, prompt
 from polymodal.systems import TABLE
+from polymodal.systems.acting import Policy
 from polymodal.systems.base import DualEncoder, Embedder, System
+from polymodal.systems.behaviour import BehaviourCloning
+from polymodal.systems.chunk_heads import TokenActions, Tokens
 from polymodal.systems.generator import Generator
-from tests.nano import DECODER, NANO, every_system, nano
+from tests.nano import DECODER, NANO, every_system, nano, nano_batch
 
 NANO_INPUT = Input(images=((56, 56),), text=5, new=4, batch=2)
 
@@ -99,6 +102,10 @@ def runs(model: System, given: Input) -> dict[str, Callable[[], object]]:
             )
             out["texts"] = lambda: model.encode(Batch(ids=ids))
         return out
+    if isinstance(model, Policy):
+        specs = {name: spec for name, spec in model.inputs_spec().items() if not name.startswith("actions")}
+        seen = Batch({n: spec.random(given.batch, torch.Generator().manual_seed(0)) for n, spec in specs.items()})
+        return {"chunk": lambda: model.chunk(seen)}
     ids = torch.zeros(given.batch, given.text, dtype=torch.int64)
     return {"forward": lambda: model(Batch(ids=ids, valid=torch.ones_like(ids, dtype=torch.bool)))}
 
@@ -243,6 +250,22 @@ def test_a_composition_of_clips_is_priced_as_it_reads_them(connector: Any) -> No
     real = {phase: counted(work) for phase, work in runs(model, given).items()} | {"train": train}
     for phase, flops in real.items():
         assert plan.phases[phase].flops == pytest.approx(flops, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_policy_that_writes_its_actions_is_its_trunk_and_their_tokens(dtype: Any) -> None:
+    config = replace(NANO["behaviour_cloning"], head=Tokens(vocab_size=400, hidden_dim=32, num_layers=1))
+    plan, model = price(config, Input(new=4, batch=2), dtype=dtype), polymodal.build(config).eval()
+    assert isinstance(model, BehaviourCloning)
+    head, batch = model.head, nano_batch(model, 2)
+    assert isinstance(head, TokenActions)
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    model.requires_grad_(False)
+    asked = Batch(ids=ids, condition=model(batch))
+    assert plan.phases["trunk"].flops == pytest.approx(counted(lambda: model(batch)), rel=0.02)
+    memory = head.new_memory(2, 5)
+    assert plan.phases["prefill"].flops == pytest.approx(counted(lambda: head.prefill(asked, memory)), rel=0.02)
+    assert plan.phases["answer"].flops > plan.phases["prefill"].flops + 3 * plan.phases["step"].flops * 0.9
 
 
 @pytest.mark.slow

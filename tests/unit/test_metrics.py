@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polymodal.core.errors import ConfigError, DataError
+from polymodal.core.interval import wilson
 from polymodal.core.sample import Image
-from polymodal.evaluate.retrieval import class_vectors, ranks, recall_at_k, retrieval, wilson, zero_shot
+from polymodal.evaluate.retrieval import class_vectors, ranks, recall_at_k, retrieval, zero_shot
 from polymodal.retrieve.zeroshot import TEMPLATES, classify
 from tests.histogram import Histogram
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from polymodal.core.errors import DataError
+from polymodal.core.interval import Interval
 from polymodal.evaluate.probe import linear_probe, nearest_neighbours
-from polymodal.evaluate.retrieval import Interval
 
 PROBES = [linear_probe, nearest_neighbours]
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polymodal.core.errors import DataError
+from polymodal.core.interval import wilson
 from polymodal.evaluate.parsers import CHOICE, NUMBER, POPE_OFFICIAL, SHORT, STATED, VERBATIM, YES_NO, Parser
-from polymodal.evaluate.retrieval import wilson
 from polymodal.evaluate.text_metrics import (
     ObjectWords,
     anls,

@@ -334,9 +334,14 @@ def test_what_we_write_is_what_was_published(checkpoint: str) -> None:
 
 def test_every_system_has_a_published_checkpoint_here() -> None:
     # Their published configs are flat, or of several parts: tests/parity has them in test_qwen_vl, test_blip2,
-    # test_prismatic and test_flamingo.
-    elsewhere = {"prismatic", "qwen2_vl", "qwen2_5_vl", "blip2", "blip2_qformer", "flamingo", "idefics"}
-    nowhere = {"composed", "composed_crossed"}  # no file of others has them
+    # test_prismatic, test_flamingo, test_openvla and test_lerobot_policies; those of pi0 and pi0.5 are in
+    # tests/unit/test_pi_policies.
+    elsewhere = {
+        "prismatic", "qwen2_vl", "qwen2_5_vl", "blip2", "blip2_qformer", "flamingo", "idefics", "pi0", "pi05",
+        "openvla", "openvla_oft", "act", "diffusion_policy",
+    }  # fmt: skip
+    # No file of others has them, or none in safetensors.
+    nowhere = {"composed", "composed_crossed", "behaviour_cloning", "pi0_fast", "rt1", "rt2", "octo"}
     assert {system for system, _, _ in PUBLISHED.values()} | elsewhere | nowhere == set(TABLE)
 
 

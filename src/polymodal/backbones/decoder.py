@@ -19,7 +19,7 @@ from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
 from polymodal.core.packing import Packing
 from polymodal.core.tokens import Modality, Tokens
 from polymodal.nn.attention import attend
-from polymodal.nn.cache import KVCache, Sight, sight
+from polymodal.nn.cache import Keeps, KVCache, Sight, sight
 from polymodal.nn.mlp import MLP, ActivationName, GatedMLP
 from polymodal.nn.norm import Norm
 from polymodal.nn.rope import Rope, rotate
@@ -156,7 +156,7 @@ class SelfAttention(nn.Module):
         return (q, k, v) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary), v)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens dim"], view: View, cache: KVCache | None, layer: int
+        self, x: Float[Tensor, "batch tokens dim"], view: View, cache: Keeps | None, layer: int
     ) -> Float[Tensor, "batch tokens dim"]:
         q, k, v = self.project(x, view.rotary)
         if cache is not None:
@@ -182,10 +182,14 @@ class DecoderBlock(nn.Module):
         self.mlp_post_norm = c.norm.build(c.dim) if c.post_norms else nn.Identity()
 
     def forward(
-        self, x: Float[Tensor, "batch tokens dim"], view: View, cache: KVCache | None = None
+        self, x: Float[Tensor, "batch tokens dim"], view: View, cache: Keeps | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         x = x + self.attn_post_norm(self.attn(self.attn_norm(x), view, cache, self.layer))
         return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+
+    def forward_keys(self, x: Float[Tensor, "batch tokens dim"], view: View, cache: Keeps) -> None:
+        """Gives the cache this layer's keys and values, and computes nothing else."""
+        cache.extend(self.layer, *self.attn.project(self.attn_norm(x), view.rotary)[1:])
 
 
 class Decoder(nn.Module):

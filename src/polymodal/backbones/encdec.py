@@ -474,8 +474,26 @@ def only_text(chat: Chat) -> str:
     return turn.text
 
 
+class TextEncoder(nn.Module):
+    """The encoder of an `EncDec` alone, for systems that only read; its names are those of the whole."""
+
+    lm_head = None
+
+    def __init__(self, config: EncDecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.encoder = Stack(config, config.encoder, decoder=False)
+
+    def forward(
+        self, ids: Int[Tensor, "batch tokens"], valid: Bool[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Vectors after the last norm."""
+        return self.encoder(Tokens.of(self.embed_tokens(ids), causal=False, modality=Modality.TEXT, valid=valid)).x
+
+
 @torch.no_grad()
-def t5_init_(model: EncDec) -> None:
+def t5_init_(model: EncDec | TextEncoder) -> None:
     """Mesh-TensorFlow's scheme for T5: normals by fan-in, queries small enough to need no scale of the scores."""
     c = model.config
     nn.init.normal_(model.embed_tokens.weight)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from polymodal.core.batch import Batch, Loss
+from polymodal.core.observation import Observation
 from polymodal.core.sample import Sample
 
 if TYPE_CHECKING:
@@ -195,6 +196,84 @@ class Scores(Protocol):
 
 
 @runtime_checkable
+class Acts(Protocol):
+    """Answers an observation with the actions of the next steps."""
+
+    @property
+    def horizon(self) -> int:
+        """Steps of a chunk of actions."""
+        ...
+
+    @property
+    def action_dim(self) -> int: ...
+
+    def observe(self, observations: Sequence[Observation]) -> Batch:
+        """Pictures, state and instruction as tensors, normalised. Thread-safe, no learned layer.
+
+        Raises:
+            MediaError: a camera is missing, or the state has another length.
+        """
+        ...
+
+    def act(
+        self, batch: Batch, *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "batch horizon action_dim"]:
+        """Actions in the robot's own units for what `observe` made; ``generator`` seeds policies that sample."""
+        ...
+
+    def lesson(
+        self,
+        observations: Sequence[Observation],
+        actions: Float[Tensor, "batch horizon action_dim"],
+        valid: Bool[Tensor, "batch horizon"],
+    ) -> Batch:
+        """What `loss` reads: observations with the actions (in the robot's units) that a demonstrator took next.
+
+        ``valid`` is False for steps past the end of an episode: they are not learned.
+        """
+        ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """Acts on several observations: on the one that it is shown, and on those before it (`Observation.past`)."""
+
+    @property
+    def history(self) -> int:
+        """How many, the last one included."""
+        ...
+
+
+def history_of(policy: Acts) -> int:
+    """Observations that a policy looks at: one, unless it says otherwise."""
+    return policy.history if isinstance(policy, Remembers) else 1
+
+
+@runtime_checkable
+class Continues(Protocol):
+    """Can go on from a chunk that is still being carried out (real-time chunking)."""
+
+    def continue_chunk(
+        self,
+        batch: Batch,
+        previous: Float[Tensor, "batch steps action_dim"],
+        frozen: int,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "batch horizon action_dim"]:
+        """`act`, in agreement with what the robot is doing meanwhile.
+
+        Args:
+            batch: what `observe` made.
+            previous: what is left of the chunk before, from the step of the observation on, in the robot's units; at
+                most a horizon.
+            frozen: so many steps of it will have been carried out before the new chunk is there.
+            generator: seeds policies that sample.
+        """
+        ...
+
+
+@runtime_checkable
 class Resumes(Protocol):
     """Can read a prompt in pieces, so that long ones do not hold up others and common beginnings are read once."""
 
@@ -209,5 +288,5 @@ class Resumes(Protocol):
 
 def verbs_of(system: type) -> Sequence[str]:
     """The names of the verbs that a class implements."""
-    names = {"encode": "embed", "prefill": "ask", "loss": "train", "logits": "classify", "count": "count"}
+    names = {"encode": "embed", "prefill": "ask", "loss": "train", "logits": "classify", "count": "count", "act": "act"}
     return [verb for method, verb in names.items() if getattr(system, method, None) is not None]

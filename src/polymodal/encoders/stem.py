@@ -6,6 +6,7 @@ Source: Xiao et al., "Early Convolutions Help Transformers See Better", 2021, ht
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -43,7 +44,7 @@ class Stem(nn.Module):
     def __init__(self, config: StemConfig, num_channels: int) -> None:
         super().__init__()
         widths = (num_channels, *config.channels)
-        self.down = nn.ModuleList(Step(a, b, stride=2) for a, b in zip(widths, widths[1:], strict=False))
+        self.down = nn.ModuleList(Step(a, b, stride=2) for a, b in pairwise(widths))
         self.refine = nn.ModuleList(nn.ModuleList(Step(c, c) for _ in range(config.depth)) for c in config.channels)
 
     def init_weights(self) -> None:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from polymodal.core.errors import DataError
-from polymodal.evaluate.retrieval import Interval, wilson
+from polymodal.core.interval import Interval, wilson
 
 
 def linear_probe(

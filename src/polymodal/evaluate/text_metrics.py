@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 
 from polymodal.core.errors import DataError
-from polymodal.evaluate.retrieval import wilson
+from polymodal.core.interval import wilson
 
 # ---- how sure ----
 

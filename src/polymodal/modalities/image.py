@@ -303,7 +303,20 @@ class Exact:
         return self.width, self.height
 
 
-Resize: TypeAlias = ShortestEdge | Exact
+@dataclass(frozen=True, kw_only=True)
+class Within:
+    """The largest size of the same aspect that fits into a `Frame`, rounded down."""
+
+    height: int
+    width: int
+
+    def target(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height that a picture is resized to."""
+        ratio = max(width / self.width, height / self.height)
+        return max(1, int(width / ratio)), max(1, int(height / ratio))
+
+
+Resize: TypeAlias = ShortestEdge | Exact | Within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +335,18 @@ class CenterCrop:
         return (width - self.width) // 2, (height - self.height) // 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """The resized picture in the middle of black, as openpi has it; an odd lack is more on the far side."""
+
+    height: int
+    width: int
+
+    def corner(self, width: int, height: int) -> tuple[int, int]:
+        """Left and top of the frame in a picture of that size."""
+        return -((self.width - width) // 2), -((self.height - height) // 2)
+
+
 # ---- one tensor for a batch: CLIP, SigLIP, ViT, MAE, DINOv2 ----
 
 
@@ -330,7 +355,7 @@ class ImageProcessor:
     """Resize, crop, rescale, normalise: pictures to one batch of equal size. Stateless, so threads may share it."""
 
     resize: Resize | None
-    crop: CenterCrop | None = None
+    crop: CenterCrop | Frame | None = None
     resample: Filter = "bicubic"
     rescale: float = 1 / 255
     mean: tuple[float, float, float] = HALF
@@ -427,13 +452,16 @@ class ImageProcessor:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ImageProcessor:
-        """Reads a ``preprocessor_config.json`` of CLIP, SigLIP, ViT (MAE) or BiT (DINOv2), every field of it.
+        """Reads a ``preprocessor_config.json`` of CLIP, SigLIP, ViT (MAE) or BiT (DINOv2), every field of it; or ours.
 
         Raises:
             ConfigError: another kind of processor, a field that is not known, or a step that ours does not have.
         """
         read = _read_hf(config, _FIXED)
         resize = _hf_size(read["size"], "size", square=read["default_to_square"]) if read["do_resize"] else None
+        if _hf_kind(config) == "Framed" and isinstance(resize, Exact):
+            sides = vars(resize)
+            return cls(resize=Within(**sides), crop=Frame(**sides), **hf_colour(read), alpha=read["alpha"])
         crop = None
         if read["do_center_crop"]:
             size = _hf_size(read["crop_size"], "crop_size", square=True)
@@ -443,7 +471,10 @@ class ImageProcessor:
         return cls(resize=resize, crop=crop, **hf_colour(read), alpha=read["alpha"])
 
     def to_hf(self) -> dict[str, Any]:
-        """A ``preprocessor_config.json`` that transformers reads to the same effect."""
+        """A ``preprocessor_config.json`` that transformers reads to the same effect; it knows no frames."""
+        if isinstance(self.crop, Frame):
+            assert isinstance(self.resize, Within)
+            return {"image_processor_type": "FramedImageProcessor", "size": vars(self.crop), **colour_to_hf(self)}
         size: dict[str, int] | None = None
         if isinstance(self.resize, ShortestEdge):
             size = {"shortest_edge": self.resize.size}
@@ -680,6 +711,7 @@ _FIXED: dict[str, dict[str, Any]] = {
     "Siglip": {**_STANDARD, **_SQUARE, "default_to_square": False, "resample": 3},
     "ViT": {**_STANDARD, **_SQUARE, "resample": 2},
     "Blip": {**OPENAI, **_SQUARE, "size": 384, "resample": 3},
+    "Framed": {**_STANDARD, **_SQUARE, "resample": 2},  # ours alone
 }
 _FLEXIBLE: dict[str, dict[str, Any]] = {
     "Siglip2": {**_STANDARD, "do_resize": True, "resample": 2, "patch_size": 16, "max_num_patches": 256},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -70,6 +71,13 @@ class Block(nn.Module):
         causal: bool = False,
     ) -> Float[Tensor, "batch tokens dim"]:
         x = x + self.drop_path(self.attn_scale(self.attn(self.attn_norm(x), mask=mask, causal=causal)))
+        return x + self.drop_path(self.mlp_scale(self.mlp(self.mlp_norm(x))))
+
+    def forward_between(
+        self, x: Float[Tensor, "batch tokens dim"], change: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """`forward`, with ``change`` made to what stands between attention and feed-forward (FiLM)."""
+        x = change(x + self.drop_path(self.attn_scale(self.attn(self.attn_norm(x)))))
         return x + self.drop_path(self.mlp_scale(self.mlp(self.mlp_norm(x))))
 
     def forward_rows(

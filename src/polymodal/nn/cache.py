@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,6 +42,17 @@ def sight(tokens: Tokens, window: int | None = None) -> Sight:
         assert window is not None
         mask = mask & (order[:, None] - order < window)
     return Sight(mask=mask)
+
+
+@runtime_checkable
+class Keeps(Protocol):
+    """What attention may look at beside the tokens that it reads."""
+
+    def extend(
+        self, layer: int, k: Float[Tensor, "rows heads new head_dim"], v: Float[Tensor, "rows heads new head_dim"]
+    ) -> tuple[Float[Tensor, "rows heads keys head_dim"], Float[Tensor, "rows heads keys head_dim"]]:
+        """All keys and values of one layer, given those of the new tokens."""
+        ...
 
 
 class KVCache:

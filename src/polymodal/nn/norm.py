@@ -10,6 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """Divided by the root mean square of the last axis, in fp32."""
+    y = x.float()
+    return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+
+
 class RMSNorm(nn.Module):
     """Division by the root mean square, computed in fp32, and a learned scale."""
 
@@ -18,12 +24,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def normalised(self, x: Tensor) -> Tensor:
-        y = x.float()
-        return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        return self.weight.to(x.dtype) * self.normalised(x).to(x.dtype)
+        return self.weight.to(x.dtype) * normalised(x, self.eps).to(x.dtype)
 
 
 class OffsetRMSNorm(RMSNorm):
@@ -34,7 +36,32 @@ class OffsetRMSNorm(RMSNorm):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        return (self.normalised(x) * (1 + self.weight.float())).to(x.dtype)
+        return (normalised(x, self.eps) * (1 + self.weight.float())).to(x.dtype)
+
+
+class AdaptiveRMSNorm(nn.Module):
+    """Scaled and shifted by a condition, which also gates what is computed from it (pi0.5's adaRMS).
+
+    The map from the condition starts at zero: all that lies behind a gate adds nothing at first.
+    """
+
+    def __init__(self, dim: int, condition_dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.modulation = nn.Linear(condition_dim, 3 * dim)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], condition: Float[Tensor, "batch condition_dim"]
+    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch 1 dim"]]:
+        """What was normed, and the gate."""
+        scale, shift, gate = self.modulation(condition).unsqueeze(1).chunk(3, -1)
+        return (normalised(x, self.eps) * (1 + scale.float()) + shift.float()).to(x.dtype), gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +82,16 @@ class OffsetRMS:
 
     def build(self, dim: int) -> nn.Module:
         return OffsetRMSNorm(dim, self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveRMS:
+    """Root-mean-square norm that a condition as wide as ``dim`` scales, shifts and gates."""
+
+    eps: float = 1e-6
+
+    def build(self, dim: int) -> nn.Module:
+        return AdaptiveRMSNorm(dim, dim, self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)

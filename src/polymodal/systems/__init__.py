@@ -110,6 +110,21 @@ TABLE = Registry(
             modalities=("image", "video", "text"),
         ),
         Entry(
+            name="pi0", module="polymodal.systems.pi0", cls="PI0", model_types=("pi0",),
+            paper="pi0: A Vision-Language-Action Flow Model for General Robot Control", year=2024,
+            url="https://arxiv.org/abs/2410.24164", modalities=("image", "text", "state", "action"),
+        ),
+        Entry(
+            name="pi0_fast", module="polymodal.systems.pi0_fast", cls="PI0Fast", model_types=("polymodal_pi0_fast",),
+            paper="FAST: Efficient Action Tokenization for Vision-Language-Action Models", year=2025,
+            url="https://arxiv.org/abs/2501.09747", modalities=("image", "text", "state", "action"),
+        ),
+        Entry(
+            name="pi05", module="polymodal.systems.pi05", cls="PI05", model_types=("pi05",),
+            paper="pi0.5: a Vision-Language-Action Model with Open-World Generalization", year=2025,
+            url="https://arxiv.org/abs/2504.16054", modalities=("image", "text", "state", "action"),
+        ),
+        Entry(
             name="composed", module="polymodal.systems.composed", cls="Composed", model_types=("polymodal_composed",),
             paper="A tower, a connector and a language model of your choice, after Visual Instruction Tuning",
             year=2023, url="https://arxiv.org/abs/2304.08485", modalities=("image", "text"),
@@ -119,6 +134,48 @@ TABLE = Registry(
             model_types=("polymodal_crossed",),
             paper="A tower and a language model of your choice, with gated cross-attention after Flamingo",
             year=2022, url="https://arxiv.org/abs/2204.14198", modalities=("image", "text"),
+        ),
+        Entry(
+            name="act", module="polymodal.systems.act", cls="ACT", model_types=("act",),
+            paper="Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware", year=2023,
+            url="https://arxiv.org/abs/2304.13705", modalities=("image", "state", "action"),
+        ),
+        Entry(
+            name="diffusion_policy", module="polymodal.systems.diffusion_policy", cls="DiffusionPolicy",
+            model_types=("diffusion",), paper="Diffusion Policy: Visuomotor Policy Learning via Action Diffusion",
+            year=2023, url="https://arxiv.org/abs/2303.04137", modalities=("image", "state", "action"),
+        ),
+        Entry(
+            name="behaviour_cloning", module="polymodal.systems.behaviour", cls="BehaviourCloning",
+            model_types=("polymodal_behaviour_cloning",),
+            paper="Behaviour cloning: one trunk, and the heads of ACT, RT-1, FAST, pi0 and Diffusion Policy", year=2023,
+            url="https://arxiv.org/abs/2304.13705", modalities=("image", "text", "state", "action"),
+        ),
+        Entry(
+            name="rt1", module="polymodal.systems.rt1", cls="RT1", model_types=("polymodal_rt1",),
+            paper="RT-1: Robotics Transformer for Real-World Control at Scale", year=2022,
+            url="https://arxiv.org/abs/2212.06817", modalities=("image", "text", "action"),
+        ),
+        Entry(
+            name="rt2", module="polymodal.systems.rt2", cls="RT2", model_types=("polymodal_rt2",), year=2023,
+            url="https://arxiv.org/abs/2307.15818",
+            paper="RT-2: Vision-Language-Action Models Transfer Web Knowledge to Robotic Control",
+            modalities=("image", "text", "action"),
+        ),
+        Entry(
+            name="openvla", module="polymodal.systems.openvla", cls="OpenVLA", model_types=("openvla",),
+            paper="OpenVLA: An Open-Source Vision-Language-Action Model", year=2024,
+            url="https://arxiv.org/abs/2406.09246", modalities=("image", "text", "action"),
+        ),
+        Entry(
+            name="openvla_oft", module="polymodal.systems.openvla_oft", cls="OpenVLAOFT", model_types=("openvla_oft",),
+            paper="Fine-Tuning Vision-Language-Action Models: Optimizing Speed and Success", year=2025,
+            url="https://arxiv.org/abs/2502.19645", modalities=("image", "text", "state", "action"),
+        ),
+        Entry(
+            name="octo", module="polymodal.systems.octo", cls="Octo", model_types=("polymodal_octo",),
+            paper="Octo: An Open-Source Generalist Robot Policy", year=2024, url="https://arxiv.org/abs/2405.12213",
+            modalities=("image", "text", "action"),
         ),
     ),
 )  # fmt: skip

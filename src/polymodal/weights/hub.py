@@ -11,7 +11,7 @@ from polymodal.core.files import cache_dir, read_json, write_json
 
 # Only data, and only of the top folder: no pickles, no code.
 SMALL = ["*.json", "*.txt", "*.model"]
-WEIGHTS = ["model*.safetensors"]
+WEIGHTS = ["model*.safetensors", "policy_preprocessor*.safetensors"]  # the latter: statistics of LeRobot's policies
 OTHER_WEIGHTS = ["*.safetensors"]  # of a repository without config.json
 
 

@@ -1,0 +1,1 @@
+"""Policies that act: environments, the closed loop, the guard, and serving."""

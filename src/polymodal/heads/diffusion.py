@@ -1,0 +1,45 @@
+"""Denoising diffusion: what was added to the data, or the data themselves, from noisy ones.
+
+Source: Ho et al. 2020, https://arxiv.org/abs/2006.11239. Schedules and predictions are those of `nn.noise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from polymodal.core.batch import Loss
+from polymodal.heads.action import masked
+from polymodal.nn.noise import Prediction, add_noise, target
+
+Denoiser: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(noisy data, the step of each row) -> the prediction."""
+
+
+def diffusion_loss(
+    denoiser: Denoiser,
+    x: Float[Tensor, "batch *shape"],
+    *,
+    left: Float[Tensor, " steps"],
+    prediction: Prediction = "noise",
+    mask: Bool[Tensor, "batch ..."] | None = None,
+    generator: torch.Generator | None = None,
+) -> Loss:
+    """Squared error of the prediction at one drawn step a row; summed over the values that ``mask`` keeps.
+
+    Args:
+        denoiser: the model.
+        x: data of any shape.
+        left: the schedule, see `nn.noise`.
+        prediction: what the model predicts.
+        mask: True for values that are learned; it broadcasts to ``x``.
+        generator: seeds noise and steps.
+    """
+    noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+    step = torch.randint(len(left), (len(x),), device=x.device, generator=generator)
+    predicted = denoiser(add_noise(x, noise, step, left), step)
+    return masked((predicted.float() - target(prediction, x, noise, step, left)).square(), mask)
