@@ -54,7 +54,8 @@ def main() -> None:
     rows = []
     for metric, value in metrics.items():
         bar = run.expect.get(metric)
-        limits = f"{bar.value:.0%} | {bar.chance:.1%}" if bar and bar.chance is not None else " | "
+        chance = "" if bar is None or bar.chance is None else f"{bar.chance:.1%}"
+        limits = f"{'' if bar is None else f'{bar.value:.0%}'} | {chance}"
         rows.append(f"| {metric} | {value:.1%} | {limits} |")
     result = read_json(arguments.run / "result.json")
     card = CARD.format(

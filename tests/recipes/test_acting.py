@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("mujoco")
 
+import polymodal
 from polymodal.modalities.image import ImageProcessor
 from polymodal.train import Run, fit
 from recipes.nano import acting, pick_place, reach
@@ -46,6 +47,13 @@ def test_a_run_trains_and_is_tried_out(tmp_path: Path) -> None:
     assert result.finished
     for expected in (reach.run().expect, pick_place.run().expect):
         assert result.metrics.keys() >= expected.keys()
+
+
+@pytest.mark.proves("behaviour_cloning", "polymodal/nano-reach: it touches what it is told, in scenes that are new")
+def test_the_shipped_policy_does_what_it_is_told() -> None:
+    found = replace(reach.REACH, tried=15).trials(polymodal.load("polymodal/nano-reach"))
+    assert found["new wordings"] >= 0.8
+    assert found["swapped, shown left alone"] >= 0.9
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ def test_a_whole_run_reaches_its_numbers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # long descriptions are cut, and it says so
 @pytest.mark.proves("clip", "polymodal/nano-clip: the shipped files reach the recipe's numbers")
 def test_the_shipped_model_reaches_the_numbers_of_its_recipe() -> None:
     run = recipe("clip")

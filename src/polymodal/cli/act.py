@@ -183,9 +183,9 @@ def add(commands: Commands) -> None:
         "answer robots over the network, in openpi's protocol",
         f"""\
 examples:
-  polymodal serve-policy runs/reach/model
-  polymodal serve-policy runs/reach/model --port 9000
-  {KEY}=secret polymodal serve-policy runs/reach/model --host 0.0.0.0
+  polymodal serve-policy polymodal/nano-reach
+  polymodal serve-policy polymodal/nano-reach --port 9000
+  {KEY}=secret polymodal serve-policy polymodal/nano-reach --host 0.0.0.0
 openpi's own client speaks to it, and so does: polymodal act ws://127.0.0.1:8000 --env tabletop/reach""",
     )
     serve.add_argument("policy", metavar="POLICY", help="a folder or a Hub name")
@@ -203,10 +203,10 @@ def _add_act(commands: Commands) -> None:
         "run a policy in closed loop, guarded, and count how often it succeeds",
         """\
 examples:
-  polymodal act runs/reach/model --env tabletop/reach --episodes 100 --film reach.mp4
-  polymodal act runs/reach/model --env tabletop/reach --swapped     does it listen, or only look?
+  polymodal act polymodal/nano-reach --env tabletop/reach --episodes 100 --film reach.mp4
+  polymodal act polymodal/nano-reach --env tabletop/reach --swapped     does it listen, or only look?
   polymodal act expert --env tabletop/reach --episodes 100 --fit-guard reach.guard
-  polymodal act runs/reach/model --env tabletop/reach --guard reach.guard --log interventions.jsonl
+  polymodal act polymodal/nano-reach --env tabletop/reach --guard reach.guard --log interventions.jsonl
 The guard always holds the robot's limits; with --guard it knows what is normal, too.""",
     )
     act.add_argument("policy", metavar="POLICY", help="a folder, a Hub name, ws://HOST:PORT of a server, or: expert")
