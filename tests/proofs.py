@@ -2,7 +2,8 @@
 
 The file is one JSON object, ``{test id: {"proves": [[system, claim], ...], "outcome": OUTCOME}}``; the outcome is
 ``passed``, ``failed``, ``skipped`` or ``not run`` (collected but deselected). A run replaces the entries of the tests
-that it collected and leaves the others, so that several runs may add up in one file.
+that it collected and leaves the others, so that several runs may add up in one file. With ``-n`` each worker
+writes a file of its own, which the run takes together at its end.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--proofs"):
-        config.pluginmanager.register(Recorder(config.getoption("--proofs")))
+    path = config.getoption("--proofs")
+    if path:
+        worker = getattr(config, "workerinput", {}).get("workerid")  # pytest-xdist's way to say so
+        config.pluginmanager.register(Recorder(path if worker is None else path.with_name(f"{path.name}.{worker}")))
 
 
 class Recorder:
@@ -47,7 +50,13 @@ class Recorder:
         elif report.when == "call" and test["outcome"] != "failed":
             test["outcome"] = "passed"
 
+    @pytest.hookimpl(trylast=True)  # when all workers have ended
     def pytest_sessionfinish(self) -> None:
+        for part in sorted(self.path.parent.glob(f"{self.path.name}.gw*")):
+            for test, found in json.loads(part.read_text()).items():
+                if found["outcome"] != "not run" or test not in self.tests:
+                    self.tests[test] = found
+            part.unlink()
         earlier = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(dict(sorted({**earlier, **self.tests}.items())), indent=1) + "\n")

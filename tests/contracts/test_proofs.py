@@ -39,11 +39,12 @@ def pytest_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def test_outcomes_are_recorded_and_runs_add_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [(), ("-n", "2", "-p", "xdist")], ids=["alone", "two workers"])
+def test_outcomes_are_recorded_and_runs_add_up(workers: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "test_a.py").write_text(TESTS)
     (tmp_path / "test_b.py").write_text("import pytest\n@pytest.mark.proves('vit', 'loss')\ndef test_b(): pass\n")
     pytest_run(tmp_path, "-m", "not slow", "test_b.py")
-    done = pytest_run(tmp_path, "-m", "not slow", "test_a.py")
+    done = pytest_run(tmp_path, "-m", "not slow", "test_a.py", *workers)
     results = json.loads((tmp_path / "out.json").read_text())
     assert {name.split("::")[1]: result["outcome"] for name, result in results.items()} == {
         "test_passes": "passed",

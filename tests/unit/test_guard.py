@@ -100,7 +100,8 @@ ZONES = (Zone(low=(-0.1, -0.1, -0.1), high=(0.1, 0.1, 0.1)), Zone(low=(0.3, -0.5
 
 def zoned(rng: np.random.Generator, steps: int) -> None:
     space = Zone(low=(-0.5, -0.5, -0.5), high=(0.5, 0.5, 0.5))
-    limits = replace(wide(4, rng), low=(-1.0,) * 4, high=(1.0,) * 4, workspace=space, forbidden=ZONES)
+    at = {"measured": (0, 1, 2, -1), "workspace": space, "forbidden": ZONES}
+    limits = replace(wide(4, rng), low=(-1.0,) * 4, high=(1.0,) * 4, **at)
     limiter = Limiter(limits, 50.0)
     sent = [limiter.step(np.array([-0.3, -0.3, 0.0, 0.0]))[0]]
     for _ in range(steps // 20):
@@ -381,6 +382,12 @@ def test_samples_of_which_one_is_none_hold() -> None:
         {"rest": (2.0,)},
         {"state_high": (float("nan"),)},
         {"measured": (0.0,)},
+        {
+            "low": [-1.0] * 3,
+            "high": [1.0] * 3,
+            "kinds": ["position"] * 3,
+            "workspace": {"low": [0] * 3, "high": [1] * 3},
+        },
     ],
 )
 def test_limits_that_would_not_hold_are_refused(wrong: dict[str, Any]) -> None:

@@ -109,6 +109,10 @@ class Limits:
         placed = len(self.hand) == 3 and all(0 <= axis < self.dim for axis in self.hand)
         if (self.workspace or self.forbidden) and not placed:
             raise ConfigError(f"zones need the hand's three dimensions; {self.hand} are not among {self.dim}")
+        if (self.workspace or self.forbidden) and min(
+            (self.measured or (-1,) * self.dim)[axis] for axis in self.hand
+        ) < 0:
+            raise ConfigError("zones need to know where the hand is: say where the state has it (measured)")
 
     @property
     def dim(self) -> int:
