@@ -17,9 +17,6 @@ PYTEST_ARGS ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --no-input --quiet -c constraints.txt
 PYTEST := $(PY) -m pytest
-# A file of tests is one worker's, so that what its tests share is made once.
-WORKERS ?= 2
-SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 PROOFS := build/proofs.json
 FAST := not slow and not gpu and not network
 STAMPS := $(VENV)/stamps
@@ -43,12 +40,12 @@ demo: $(STAMPS)/demo ## install, index a folder of pictures, find them by words
 
 check: lint ## format, lint, types and the fast tests: under 3 minutes
 	$(call say,Fast tests: units and contracts)
-	@$(SIDE_BY_SIDE) tests/unit tests/contracts -m "$(FAST)" $(PYTEST_ARGS)
+	@$(PYTEST) tests/unit tests/contracts -m "$(FAST)" $(PYTEST_ARGS)
 
 test: lint packages ## what CI runs: everything but the slow proofs, and docs/systems.md against the results
 	$(call say,Tests: everything that is not marked slow)
 	@rm -f $(PROOFS)
-	@$(SIDE_BY_SIDE) -m "not slow" --proofs $(PROOFS) $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow" --proofs $(PROOFS) $(PYTEST_ARGS)
 	$(call say,docs/systems.md says what these tests have shown)
 	@$(PY) -m tools.systems_doc --check $(PROOFS)
 
