@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
+from torch import nn
 
 import polymodal
 from polymodal.backbones.bert import BertConfig
@@ -74,6 +75,7 @@ from polymodal.systems.siglip2 import NaFlexConfig, SigLIP2Config
 from polymodal.systems.t5 import T5Config
 from polymodal.systems.vit import VisionTransformerConfig
 
+M = TypeVar("M", bound=nn.Module)
 SHAPE: dict[str, Any] = {"dim": 32, "num_layers": 2, "num_heads": 4, "hidden_dim": 64}
 TOWER: dict[str, Any] = SHAPE | {"image_size": 16, "patch_size": 4}
 TEXT: dict[str, Any] = SHAPE | {"vocab_size": 40, "context": 8}
@@ -367,6 +369,14 @@ NANO["octo"] = OctoConfig(
     backbone=ReadoutConfig(**SHAPE),
     head=ScoreConfig(hidden_dim=16, num_layers=1, time_dim=8),
 )
+
+
+def shaken(model: M, std: float = 0.1) -> M:
+    """With noise on every weight, so that nothing stays zero."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * std)
+    return model
 
 
 def every_system(claim: str, kind: type[System] = System, *, referenced: bool = False) -> pytest.MarkDecorator:

@@ -11,7 +11,8 @@ from typing import Final
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from polymodal.act.chunks import Player, Receding
 from polymodal.act.envs import make
@@ -20,7 +21,7 @@ from polymodal.act.runner import Report
 from polymodal.act.runner import run as run_loop
 from polymodal.core.batch import Batch
 from polymodal.core.observation import Observation
-from polymodal.encoders.trunk import PixelTrunk
+from polymodal.encoders.trunk import PixelTrunk, StateTrunk
 from polymodal.modalities.action import Statistics
 from polymodal.recording import demonstrate
 from polymodal.systems.acting import Policy
@@ -36,15 +37,33 @@ FILLER: Final = "whatsoever"  # a word that no policy knows
 class Demonstrations:
     """What a scripted expert saw and wanted, step by step, of all episodes one after the other."""
 
-    pictures: Mapping[str, np.ndarray]  # of each camera
     states: np.ndarray
     actions: np.ndarray
     episode: np.ndarray  # which one a step belongs to
     told: tuple[str, ...]  # in each episode
+    pictures: Mapping[str, np.ndarray] = field(default_factory=dict)  # of each camera
 
     @property
     def statistics(self) -> dict[str, Statistics]:
         return {"state": Statistics.from_array(self.states), "action": Statistics.from_array(self.actions)}
+
+    def ahead(self, horizon: int) -> tuple[np.ndarray, Bool[Tensor, "steps horizon"]]:
+        """For each step the numbers of those of its chunk, and which of them are of the same episode."""
+        last = len(self.actions) - 1
+        ahead = np.minimum(np.arange(last + 1)[:, None] + np.arange(horizon), last)
+        return ahead, torch.from_numpy(self.episode[ahead] == self.episode[:, None])
+
+
+def fresh(
+    robot: str, shown: Demonstrations, trunk: StateTrunk | PixelTrunk, head: Head, horizon: int
+) -> BehaviourCloning:
+    """A policy that knows the robot and the words of the demonstrations, and nothing else."""
+    config = BehaviourConfig(
+        trunk=trunk, head=head, words=Words.of(shown.told), horizon=horizon, action_width=shown.actions.shape[1]
+    )
+    model = BehaviourCloning.build(config)
+    model.use_statistics({robot: shown.statistics})
+    return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +104,7 @@ class Cloning:
         )
 
     def policy(self) -> BehaviourCloning:
-        """A fresh one that knows the robot and the words of the demonstrations."""
-        shown = self.demonstrations()
-        config = BehaviourConfig(
-            trunk=self.trunk, head=self.head, words=Words.of(shown.told), horizon=self.horizon,
-            action_width=shown.actions.shape[1],
-        )  # fmt: skip
-        model = BehaviourCloning.build(config)
-        model.use_statistics({self.task: shown.statistics})
-        return model
+        return fresh(self.task, self.demonstrations(), self.trunk, self.head, self.horizon)
 
     def lessons(self) -> Lessons:
         return Lessons(self.policy(), self.demonstrations())
@@ -126,9 +137,7 @@ class Lessons:
 
     def __init__(self, policy: Policy, shown: Demonstrations) -> None:
         self._policy, self._shown = policy, shown
-        last = len(shown.actions) - 1
-        self._ahead = np.minimum(np.arange(last + 1)[:, None] + np.arange(policy.horizon), last)
-        self._valid = torch.from_numpy(shown.episode[self._ahead] == shown.episode[:, None])
+        self._ahead, self._valid = shown.ahead(policy.horizon)
 
     def __len__(self) -> int:
         return len(self._shown.actions)

@@ -11,7 +11,6 @@ expected  see `BARS`; in closed loop, told in words that were never trained
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
@@ -26,11 +25,10 @@ from polymodal.act.runner import run as run_loop
 from polymodal.core.batch import Batch
 from polymodal.core.observation import Observation
 from polymodal.encoders.trunk import StateTrunk
-from polymodal.modalities.action import Statistics
-from polymodal.systems.behaviour import BehaviourCloning, BehaviourConfig
+from polymodal.systems.behaviour import BehaviourCloning
 from polymodal.systems.chunk_heads import L1, Bins, Flow, Head
-from polymodal.tokenizers.words import Words
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
+from recipes.nano.acting import Demonstrations, fresh
 
 EPISODES = 600
 HORIZON, EXECUTE = 8, 4
@@ -44,16 +42,6 @@ TASKS: Final = (
 # 1390 steps (5 of its 6 failures were the peg), 0.98 with bins in 1076 and 0.95 with a flow in 829; of 100 episodes.
 # These settings were not run whole.
 BARS: Final = {L1: 0.95, Bins: 0.88, Flow: 0.92}
-
-
-@dataclass(frozen=True)
-class Demonstrations:
-    """What a scripted expert saw and wanted, step by step, of all episodes one after the other."""
-
-    states: np.ndarray
-    actions: np.ndarray
-    episode: np.ndarray
-    told: tuple[str, ...]  # of each episode
 
 
 @cache
@@ -78,19 +66,14 @@ def demonstrations(episodes: int = EPISODES, seed: int = 0) -> Demonstrations:
         episode += [len(told)] * len(mine)
         told.append(info["instruction"])
     env.close()
-    return Demonstrations(np.stack(states), np.stack(actions), np.array(episode), tuple(told))
+    return Demonstrations(
+        states=np.stack(states), actions=np.stack(actions), episode=np.array(episode), told=tuple(told)
+    )
 
 
 def policy(head: Head) -> BehaviourCloning:
     """A fresh one that knows the robot and the words of the demonstrations."""
-    shown = demonstrations()
-    config = BehaviourConfig(
-        trunk=StateTrunk(state_width=39), head=head, words=Words.of(shown.told), horizon=HORIZON, action_width=4
-    )
-    model = BehaviourCloning.build(config)
-    numbers = {"state": Statistics.from_array(shown.states), "action": Statistics.from_array(shown.actions)}
-    model.use_statistics({"metaworld": numbers})
-    return model
+    return fresh("metaworld", demonstrations(), StateTrunk(state_width=39), head, HORIZON)
 
 
 class Lessons:
@@ -98,9 +81,7 @@ class Lessons:
 
     def __init__(self, model: BehaviourCloning) -> None:
         shown = demonstrations()
-        last = len(shown.states) - 1
-        ahead = np.minimum(np.arange(last + 1)[:, None] + np.arange(HORIZON), last)
-        valid = torch.from_numpy(shown.episode[ahead] == shown.episode[:, None])
+        ahead, valid = shown.ahead(HORIZON)
         told = [shown.told[number] for number in shown.episode]
         seen = [Observation(state=s, instruction=t) for s, t in zip(shown.states, told, strict=True)]
         # All at once: of single steps, the bookkeeping would cost as much as the training.

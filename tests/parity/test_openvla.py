@@ -33,7 +33,7 @@ from polymodal.tokenizers.language import LanguageTokenizer
 from polymodal.train.lora import add_lora
 from tests.nano import NANO
 from tests.parity.harness import compare_gradients, randomise
-from tests.parity.test_prismatic import HUB, SHARED, SIZES, TEXT, WIDE, Together, file_of, timm_shapes
+from tests.parity.test_prismatic import HUB, SHARED, SIZES, TEXT, WIDE, Together, file_of, openvla_7b
 
 WORDS = ["in: what action should the robot take to pick up the red cup?\nout:", "put the blue bowl left", "USER: A:"]
 LLAMA = TEXT | {"vocab_size": 384, "max_position_embeddings": 512}
@@ -254,22 +254,6 @@ def test_statistics(policy: OpenVLA, folder: Path, tmp_path: Path) -> None:
         polymodal.load(tmp_path)
 
 
-def full_size() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of openvla/openvla-7b."""
-    dino, siglip = (timm_shapes(1024, 24, 4096, 256, "dino"), timm_shapes(1152, 27, 4304, 256, "siglip"))
-    shapes = {f"vision_backbone.featurizer.{n}": s for n, s in dino.items()}
-    shapes |= {f"vision_backbone.fused_featurizer.{n}": s for n, s in siglip.items()}
-    for number, (into, out) in enumerate(((2176, 8704), (8704, 4096), (4096, 4096)), 1):
-        shapes |= {f"projector.fc{number}.weight": (out, into), f"projector.fc{number}.bias": (out,)}
-    layer: dict[str, tuple[int, ...]] = {f"self_attn.{n}_proj": (4096, 4096) for n in "qkvo"}
-    layer |= {"mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096), "mlp.down_proj": (4096, 11008)}
-    layer |= {"input_layernorm": (4096,), "post_attention_layernorm": (4096,)}
-    for i in range(32):
-        shapes |= {f"language_model.model.layers.{i}.{n}.weight": s for n, s in layer.items()}
-    shapes |= {f"language_model.{n}.weight": (32064, 4096) for n in ("model.embed_tokens", "lm_head")}
-    return shapes | {"language_model.model.norm.weight": (4096,)}
-
-
 def head_shapes(dim: int, action_dim: int, state_dim: int) -> dict[str, tuple[int, ...]]:
     """What OFT adds: the head and the projector of states."""
     wide, head = dim * action_dim, "action_head.model"
@@ -295,7 +279,7 @@ def head_shapes(dim: int, action_dim: int, state_dim: int) -> dict[str, tuple[in
     ],
 )  # fmt: skip
 def test_names_of_full_size(cls: type[OpenVLA] | type[OpenVLAOFT], preset: Callable[[], Any], count: int) -> None:
-    shapes = full_size() | (head_shapes(4096, 7, 8) if cls is OpenVLAOFT else {})
+    shapes = openvla_7b() | (head_shapes(4096, 7, 8) if cls is OpenVLAOFT else {})
     with skeleton():
         model = cls(preset())
     todo = model.plan(cls.formats["hf"], {n: torch.empty(s, device="meta") for n, s in shapes.items()})

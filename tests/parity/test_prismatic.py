@@ -239,10 +239,8 @@ def timm_shapes(dim: int, layers: int, hidden: int, patches: int, kind: str) -> 
     return shapes | {"attn_pool.latent": (1, 1, dim)}
 
 
-@pytest.mark.proves("prismatic", "weights: total on names and shapes of full-size checkpoints")
-def test_names_of_full_size() -> None:
-    """Those of openvla/openvla-7b, whose index counts 15,082,474,368 bytes of bf16."""
-    config = PRESETS["prism-dinosiglip-224px+7b"]()
+def openvla_7b() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of openvla/openvla-7b, whose index counts 15,082,474,368 bytes of bf16."""
     dino, siglip = (timm_shapes(1024, 24, 4096, 256, "dino"), timm_shapes(1152, 27, 4304, 256, "siglip"))
     shapes = {f"vision_backbone.featurizer.{n}": s for n, s in dino.items()}
     shapes |= {f"vision_backbone.fused_featurizer.{n}": s for n, s in siglip.items()}
@@ -254,7 +252,13 @@ def test_names_of_full_size() -> None:
     for i in range(32):
         shapes |= {f"language_model.model.layers.{i}.{n}.weight": s for n, s in layer.items()}
     shapes |= {f"language_model.{n}.weight": (32064, 4096) for n in ("model.embed_tokens", "lm_head")}
-    shapes["language_model.model.norm.weight"] = (4096,)
+    return shapes | {"language_model.model.norm.weight": (4096,)}
+
+
+@pytest.mark.proves("prismatic", "weights: total on names and shapes of full-size checkpoints")
+def test_names_of_full_size() -> None:
+    config = PRESETS["prism-dinosiglip-224px+7b"]()
+    shapes = openvla_7b()
     with skeleton():
         model = Prismatic(config)
     todo = model.plan(Prismatic.formats["hf"], {n: torch.empty(s, device="meta") for n, s in shapes.items()})

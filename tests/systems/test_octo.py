@@ -25,7 +25,7 @@ from polymodal.modalities.action import Statistics
 from polymodal.nn.skeleton import skeleton
 from polymodal.systems.octo import PRESETS, Octo
 from polymodal.tokenizers.language import LanguageTokenizer
-from tests.nano import NANO, nano_batch
+from tests.nano import NANO, nano_batch, shaken
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +41,6 @@ def policy(tokenizer: LanguageTokenizer, dims: int = 4, **fields: Any) -> Octo:
     model.use_statistics({"toy": {"action": Statistics.from_array(rows)}})
     model.tokenizer = tokenizer
     return model
-
-
-def shaken(model: Octo) -> Octo:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
 
 
 def episode(steps: int) -> list[Observation]:
@@ -91,7 +84,7 @@ def test_who_sees_whom() -> None:
 
 @pytest.mark.proves("octo", "published facts: who sees whom")
 def test_readouts_change_nothing_and_moments_see_no_future(tokenizer: LanguageTokenizer) -> None:
-    model = shaken(policy(tokenizer, history=3))
+    model = shaken(policy(tokenizer, history=3)).eval()
     batch = nano_batch(model, size=2)
     with torch.no_grad():
         before = model(batch)
@@ -117,7 +110,7 @@ def test_readouts_change_nothing_and_moments_see_no_future(tokenizer: LanguageTo
 
 
 def test_what_is_not_there_is_not_seen(tokenizer: LanguageTokenizer) -> None:
-    model = shaken(policy(tokenizer))
+    model = shaken(policy(tokenizer)).eval()
     batch = nano_batch(model, size=2)
     batch["valid"][:, 5:] = False
     batch["seen"][:, 0] = False

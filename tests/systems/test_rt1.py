@@ -25,7 +25,7 @@ from polymodal.modalities.action import Statistics
 from polymodal.nn.film import FiLM
 from polymodal.nn.skeleton import skeleton
 from polymodal.systems.rt1 import PRESETS, RT1, RT1Config
-from tests.nano import NANO, nano_batch
+from tests.nano import NANO, nano_batch, shaken
 
 LOW, HIGH = np.array([-2.0, 0.0, 5.0]), np.array([2.0, 1.0, 5.5])
 
@@ -37,14 +37,6 @@ def policy(seed: int = 0, dims: int = 3, **fields: Any) -> RT1:
     rows = np.stack([LOW[:dims], HIGH[:dims]])
     model.use_statistics({"toy": {"action": Statistics.from_array(rows)}})
     return model
-
-
-def shaken(model: RT1) -> RT1:
-    """With noise on every weight, so that nothing stays zero."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
 
 
 def episode(steps: int, seed: int = 0) -> list[Observation]:
@@ -108,7 +100,7 @@ def test_fresh_it_does_not_hear_and_shaken_it_does() -> None:
     other = Batch(batch, ids=torch.full_like(batch["ids"], 2))
     with torch.no_grad():
         assert torch.equal(model(batch), model(other))
-        shaken(model)
+        shaken(model).eval()
         assert not torch.allclose(model(batch), model(other), atol=1e-3)
 
 
@@ -157,7 +149,7 @@ def test_a_number_is_read_one_token_before_its_place() -> None:
 
 @pytest.mark.proves("rt1", "published facts: who sees whom")
 def test_steps_do_not_see_the_future_and_a_short_past_is_a_prefix() -> None:
-    model = shaken(policy(history=3))
+    model = shaken(policy(history=3)).eval()
     batch = nano_batch(model, size=2)
     later = Batch(batch, pixels=batch["pixels"].clone())
     later["pixels"][:, 2] += 1
@@ -184,7 +176,7 @@ def test_weights_begin_as_in_keras() -> None:
 
 
 def test_dropout_is_of_training_alone() -> None:
-    model = shaken(policy())
+    model = shaken(policy()).eval()
     batch = nano_batch(model)
     with torch.no_grad():
         assert torch.equal(model(batch), model(batch))
@@ -322,7 +314,7 @@ def test_impossible_configs(fields: dict[str, int]) -> None:
 
 def test_a_player_shows_what_came_before() -> None:
     """Step by step, an episode gives the actions that its windows give; a new one begins without a past."""
-    model = shaken(policy(history=3))
+    model = shaken(policy(history=3)).eval()
     seen = episode(5)
     player = Player(model, Receding())
     for _ in range(2):

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import polymodal
 from polymodal.core.errors import ConfigError
 from polymodal.systems import siglip
 from polymodal.systems.clip import CLIP
@@ -187,7 +188,8 @@ def test_nothing_of_this_name() -> None:
 def test_what_we_ship_is_certified(name: str) -> None:
     certificate = verify(name)
     assert certificate.ok, certificate.text()
-    assert all(check.outcome == "passed" for check in certificate.checks)
+    without = ["reference"] if polymodal.load(name).reference is None else []
+    assert [check.name for check in certificate.checks if check.outcome != "passed"] == without
     assert all(check.digits >= 5 for check in certificate.checks if check.digits is not None), certificate.text()
 
 

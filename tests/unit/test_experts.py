@@ -15,7 +15,7 @@ from polymodal.core.errors import ConfigError
 from polymodal.core.tokens import Modality, Tokens
 from polymodal.nn.norm import AdaptiveRMS, OffsetRMS
 from polymodal.nn.rope import rotate
-from tests.nano import NANO
+from tests.nano import NANO, shaken
 
 TRUNK = NANO["paligemma"].backbone
 LAYOUTS = {"pi0": [0, 1, 1, 1, 1], "pi0.5": [0, 0, 0, 0]}
@@ -27,10 +27,7 @@ def backbone(name: str) -> Experts:
     norm = OffsetRMS() if name == "pi0" else AdaptiveRMS()
     model = Experts(TRUNK, ExpertConfig(dim=16, mlp=Gated(hidden_dim=24, activation="gelu_tanh"), norm=norm))
     model.init_weights()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.double()
+    return shaken(model).double()
 
 
 def inputs(name: str, seed: int = 1) -> tuple[Tokens, Tokens, Tensor | None]:

@@ -29,7 +29,7 @@ from polymodal.systems.pi0_fast import FOLDER, PI0Fast
 from polymodal.tokenizers.fast import FAST
 from polymodal.tokenizers.language import LanguageTokenizer
 from polymodal.weights.rules import to_theirs
-from tests.nano import NANO
+from tests.nano import NANO, shaken
 
 FLOWS = ("pi0", "pi05")
 STEPS, STATE, ACTION = 4, 2, 3  # the robot has fewer numbers than the flow policies have room for
@@ -50,9 +50,7 @@ def policy(name: str) -> Policy:
     torch.manual_seed(0)
     model = polymodal.build(replace(config, backbone=backbone, image_id=WORDS.vocab_size + 129, **more))
     assert isinstance(model, Policy)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    shaken(model)
     if isinstance(model, PI0Fast):
         model.use_tokenizer(WORDS)
         rows = torch.randn(200, STEPS, ACTION, generator=torch.Generator().manual_seed(0)) / 3

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32
 
+from polymodal.act.chunks import Player
 from polymodal.act.film import Film, frame
 from polymodal.act.guard import Guard, spread
 from polymodal.act.limits import Limits
@@ -260,8 +261,8 @@ def _episode(
 
 
 def _disagreement(controller: Controller) -> float:
-    policy = getattr(controller, "policy", None)
-    return policy.disagreement if isinstance(policy, Sampled) else 0.0
+    sampled = controller.policy if isinstance(controller, Player) else None
+    return sampled.disagreement if isinstance(sampled, Sampled) else 0.0
 
 
 def _state(guard: Guard, episode: int, tick: int) -> str:

@@ -261,7 +261,7 @@ class Demonstrations:
 
     def _matrix(self, table: Any, key: str) -> Float32[np.ndarray, "frames dim"]:
         column = table[key].combine_chunks()
-        values = column.flatten() if hasattr(column, "flatten") and column.type.num_fields else column
+        values = column.flatten() if column.type.num_fields else column
         array = values.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(len(table), -1)
         if array.shape[1] != math.prod(self.info["features"][key]["shape"]):
             raise self._broken(f"{key} has {array.shape[1]} numbers and not those of its shape")

@@ -8,7 +8,6 @@ from typing import Final, Literal, TypeAlias
 
 import torch
 
-from polymodal.core.errors import WeightsError
 from polymodal.encoders.efficientnet import STAGES, EfficientNet, EfficientNetConfig, Shape
 from polymodal.weights.files import Checkpoint
 from polymodal.weights.rules import Rule, drop, init, plan, read_only, renames, rule
@@ -101,8 +100,5 @@ def load_efficientnet(tower: EfficientNet, folder: Path, library: Library = "tra
     ours = tower.state_dict()
     with Checkpoint(folder) as checkpoint:
         todo = plan(efficientnet_rules(tower.config, library), checkpoint.meta(), ours)
-        if todo.problems:
-            raise WeightsError(str(folder), todo.problems)
-        for step in todo.steps:
-            for name, tensor in zip(step.ours, step.op.to_ours([checkpoint.read(n) for n in step.theirs]), strict=True):
-                ours[name].copy_(tensor)
+        for name, tensor in todo.tensors(checkpoint.read, str(folder)):
+            ours[name].copy_(tensor)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polymodal.core.errors import ConfigError, WeightsError
+from polymodal.core.errors import ConfigError
 from polymodal.weights.files import SINGLE, Checkpoint
 from polymodal.weights.rules import Rule, drop, plan, renames, rule
 
@@ -151,7 +151,5 @@ def load_torchvision(model: ResNet, folder: Path, file: str = SINGLE) -> None:
             n for n in theirs if n.endswith("num_batches_tracked") and n.replace("resnet", "model", 1) not in ours
         ]
         todo = plan(rules, {n: t for n, t in theirs.items() if n not in counts}, ours)
-        if todo.problems:
-            raise WeightsError(str(folder / file), todo.problems)
-        for step in todo.steps:
-            ours[step.ours[0]].copy_(checkpoint.read(step.theirs[0].removeprefix("resnet.")))
+        for name, tensor in todo.tensors(lambda n: checkpoint.read(n.removeprefix("resnet.")), str(folder / file)):
+            ours[name].copy_(tensor)

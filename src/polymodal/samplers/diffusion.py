@@ -26,6 +26,15 @@ def _backwards(total: int, steps: int) -> Iterator[tuple[int, int]]:
     return ((step, step - stride) for step in range((steps - 1) * stride, -1, -stride))
 
 
+def _estimated(
+    denoiser: Denoiser, x: Tensor, now: int, left: Tensor, prediction: Prediction, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """The sample and the noise that the model sees in ``x``."""
+    step = torch.full((len(x),), now, device=x.device)
+    sample, rest = sample_and_noise(prediction, denoiser(x, step), x, step, left)
+    return sample if clip is None else sample.clamp(-clip, clip), rest
+
+
 def ddim(
     denoiser: Denoiser,
     noise: Float[Tensor, "batch *shape"],
@@ -47,9 +56,7 @@ def ddim(
     """
     x = noise
     for now, then in _backwards(len(left), steps):
-        step = torch.full((len(x),), now, device=x.device)
-        sample, rest = sample_and_noise(prediction, denoiser(x, step), x, step, left)
-        sample = sample if clip is None else sample.clamp(-clip, clip)
+        sample, rest = _estimated(denoiser, x, now, left, prediction, clip)
         after = float(left[then]) if then >= 0 else 1.0
         x = after**0.5 * sample + (1 - after) ** 0.5 * rest
     return x
@@ -68,9 +75,7 @@ def ddpm(
     """What noise becomes, with new noise of the posterior's variance at each step but the last; see `ddim`."""
     x = noise
     for now, then in _backwards(len(left), steps):
-        step = torch.full((len(x),), now, device=x.device)
-        sample, _ = sample_and_noise(prediction, denoiser(x, step), x, step, left)
-        sample = sample if clip is None else sample.clamp(-clip, clip)
+        sample, _ = _estimated(denoiser, x, now, left, prediction, clip)
         before, after = float(left[now]), float(left[then]) if then >= 0 else 1.0
         kept = before / after
         x = after**0.5 * (1 - kept) / (1 - before) * sample + kept**0.5 * (1 - after) / (1 - before) * x

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, final
 
 import torch
@@ -36,10 +35,7 @@ from polymodal.core.errors import ConfigError
 from polymodal.core.verbs import TensorSpec
 from polymodal.encoders.resnet import ResNet, ResNetConfig, resnet_rules
 from polymodal.heads.action import masked
-from polymodal.modalities.image import ImageProcessor
 from polymodal.systems import lerobot
-from polymodal.systems.acting import STATISTICS, Policy
-from polymodal.systems.base import PREPROCESSOR
 from polymodal.weights.fields import Fields, FieldTable, read_fields, write_fields
 from polymodal.weights.format import Format, write_whole
 from polymodal.weights.rules import Rule, Squeeze, rule
@@ -107,7 +103,7 @@ class StyleEncoder(nn.Module):
 
 
 @final
-class ACT(Policy):
+class ACT(lerobot.LeRobotPolicy):
     """Action Chunking with Transformers."""
 
     config: ACTConfig
@@ -144,19 +140,6 @@ class ACT(Policy):
             "actions": TensorSpec(shape=(c.horizon, c.action_width)),
             "actions_valid": TensorSpec(shape=(c.horizon,), dtype=torch.bool),
         }
-
-    def default_images(self) -> ImageProcessor:
-        return lerobot.processor(self.config)
-
-    def load_images(self, folder: Path, fmt: Format) -> Any:
-        if (folder / PREPROCESSOR).is_file():
-            return super().load_images(folder, fmt)
-        return lerobot.processor(self.config, lerobot.find_statistics(folder))
-
-    def load_processors(self, folder: Path) -> None:
-        super().load_processors(folder)
-        if not (folder / STATISTICS).is_file():
-            self.use_statistics(lerobot.robot_statistics(lerobot.find_statistics(folder)))
 
     def forward(
         self, batch: Batch, style: Float[Tensor, "batch latent"] | None = None

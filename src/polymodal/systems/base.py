@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from polymodal.core.batch import Batch, Loss
-from polymodal.core.errors import MediaError, UnsupportedError, WeightsError
+from polymodal.core.errors import MediaError, UnsupportedError
 from polymodal.core.files import read_json, write_json
 from polymodal.core.sample import Sample, samples
 from polymodal.core.verbs import TensorSpec
@@ -109,12 +109,8 @@ class System(nn.Module):
             model = cls(config)
         with Checkpoint(folder, fmt.weights_file) as checkpoint:
             todo = model.plan(fmt, checkpoint.meta())
-            if todo.problems:
-                raise WeightsError(str(folder), todo.problems)
-            for step in todo.steps:
-                results = step.op.to_ours([checkpoint.read(n) for n in step.theirs])
-                for name, tensor in zip(step.ours, results, strict=True):
-                    model._fill(name, tensor)
+            for name, tensor in todo.tensors(checkpoint.read, str(folder)):
+                model._fill(name, tensor)
         assert not todo.initialised, "no system of this release initialises a parameter beside a checkpoint"
         left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
         assert not left, f"still without a value: {left}"

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, Literal, final
 
 import torch
@@ -39,12 +38,9 @@ from polymodal.core.verbs import TensorSpec
 from polymodal.encoders.keypoints import SpatialSoftmax
 from polymodal.encoders.resnet import ResNet, ResNetConfig, resnet_rules
 from polymodal.heads.diffusion import diffusion_loss
-from polymodal.modalities.image import ImageProcessor
 from polymodal.nn.noise import Prediction, squared_cosine
 from polymodal.samplers.diffusion import ddim, ddpm
 from polymodal.systems import lerobot
-from polymodal.systems.acting import STATISTICS, Policy
-from polymodal.systems.base import PREPROCESSOR
 from polymodal.systems.chunk_heads import noise_for
 from polymodal.weights.fields import Fields
 from polymodal.weights.format import Format, write_whole
@@ -108,7 +104,7 @@ class Camera(nn.Module):
 
 
 @final
-class DiffusionPolicy(Policy):
+class DiffusionPolicy(lerobot.LeRobotPolicy):
     """Visuomotor policy learning via action diffusion."""
 
     config: DiffusionPolicyConfig
@@ -137,19 +133,6 @@ class DiffusionPolicy(Policy):
             "actions": TensorSpec(shape=(c.horizon, c.action_width)),
             "actions_valid": TensorSpec(shape=(c.horizon,), dtype=torch.bool),
         }
-
-    def default_images(self) -> ImageProcessor:
-        return lerobot.processor(self.config)
-
-    def load_images(self, folder: Path, fmt: Format) -> Any:
-        if (folder / PREPROCESSOR).is_file():
-            return super().load_images(folder, fmt)
-        return lerobot.processor(self.config, lerobot.find_statistics(folder))
-
-    def load_processors(self, folder: Path) -> None:
-        super().load_processors(folder)
-        if not (folder / STATISTICS).is_file():
-            self.use_statistics(lerobot.robot_statistics(lerobot.find_statistics(folder)))
 
     def observe(self, observations: Sequence[Observation]) -> Batch:
         """As of every policy, with an axis of moments behind the batch's; a missing past is the first moment again."""

@@ -33,7 +33,7 @@ from polymodal.backbones.families import FAMILIES, ControlIds
 from polymodal.connectors.gated import GatedConfig
 from polymodal.connectors.resampler import ResamplerConfig
 from polymodal.core.chat import Chat
-from polymodal.core.errors import ConfigError, WeightsError
+from polymodal.core.errors import ConfigError
 from polymodal.encoders.vision_families import VISION_FAMILIES
 from polymodal.encoders.vit import ViT
 from polymodal.modalities.image import CLIP_MEAN, CLIP_STD, CenterCrop, ImageProcessor, ShortestEdge
@@ -129,12 +129,8 @@ class Flamingo(CrossedGenerator):
                 parts += ("backbone.lm_head.", "new_logits.")
             ours = {name: t for name, t in self.state_dict().items() if name.startswith(parts)}
             todo = plan(rules_hf(self.config), checkpoint.meta(), ours)
-            if todo.problems:
-                raise WeightsError(str(folder), todo.problems)
-            for step in todo.steps:
-                results = step.op.to_ours([checkpoint.read(n) for n in step.theirs])
-                for name, tensor in zip(step.ours, results, strict=True):
-                    self._fill(name, tensor)
+            for name, tensor in todo.tensors(checkpoint.read, str(folder)):
+                self._fill(name, tensor)
 
     def use_tokenizer(self, tokenizer: LanguageTokenizer) -> None:
         super().use_tokenizer(tokenizer)

@@ -12,8 +12,11 @@ from polymodal.encoders.resnet import STAGES, ResNetConfig
 from polymodal.modalities.action import Statistics
 from polymodal.modalities.image import IMAGENET_MEAN, IMAGENET_STD, Exact, ImageProcessor
 from polymodal.modalities.stacked import Colour
+from polymodal.systems.acting import STATISTICS, Policy
+from polymodal.systems.base import PREPROCESSOR
 from polymodal.weights.fields import Fields
 from polymodal.weights.files import SINGLE, Checkpoint
+from polymodal.weights.format import Format
 from polymodal.weights.rules import Rule, drop
 
 _CAMERA, _STATE, _ACTION = "observation.images.", "observation.state", "action"
@@ -138,3 +141,20 @@ def processor(c: Any, found: Mapping[str, Mapping[str, Tensor]] | None = None) -
 def _colour(values: Tensor) -> Colour:
     red, green, blue = values.flatten().tolist()
     return red, green, blue
+
+
+class LeRobotPolicy(Policy):
+    """Base of those whose pre-processing and statistics may be LeRobot's, where there are none of our own."""
+
+    def default_images(self) -> ImageProcessor:
+        return processor(self.config)
+
+    def load_images(self, folder: Path, fmt: Format) -> Any:
+        if (folder / PREPROCESSOR).is_file():
+            return super().load_images(folder, fmt)
+        return processor(self.config, find_statistics(folder))
+
+    def load_processors(self, folder: Path) -> None:
+        super().load_processors(folder)
+        if not (folder / STATISTICS).is_file():
+            self.use_statistics(robot_statistics(find_statistics(folder)))

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
 
-from polymodal.backbones.families import FAMILIES
 from polymodal.connectors.mlp import Linear
 from polymodal.core.chat import Chat
 from polymodal.core.errors import MediaError, UnsupportedError
@@ -33,12 +32,11 @@ from polymodal.systems.prefix import (
     PrefixConfig,
     PrefixGenerator,
     read_parts,
-    rules_of_parts,
+    rules_hf,
     write_parts,
 )
 from polymodal.weights.fields import Fields
 from polymodal.weights.format import Format, Reference
-from polymodal.weights.rules import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +79,6 @@ def read_hf(raw: Mapping[str, Any]) -> tuple[PaliGemmaConfig, dict[str, str]]:
 def write_hf(c: PaliGemmaConfig) -> dict[str, Any]:
     parts = write_parts(c.vision, c.family, c.backbone, c.image_id, c.control)
     return {"architectures": ["PaliGemmaForConditionalGeneration"], **parts}
-
-
-def rules_hf(c: PaliGemmaConfig) -> list[Rule]:
-    family = FAMILIES[c.family]
-    text = family.rules(c.backbone, f"language_model.{family.base}", "language_model.lm_head", "backbone")
-    return [*rules_of_parts(""), *text]
 
 
 PaliGemma.formats = {"hf": Format(read=read_hf, write=write_hf, rules=rules_hf)}

@@ -28,7 +28,6 @@ from typing import Any, Final, final
 from jaxtyping import Float
 from torch import Tensor
 
-from polymodal.backbones.families import FAMILIES
 from polymodal.connectors.mlp import Linear
 from polymodal.core.chat import Chat
 from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
@@ -44,7 +43,7 @@ from polymodal.systems.prefix import (
     PrefixGenerator,
     framed,
     read_parts,
-    rules_of_parts,
+    rules_hf,
     write_parts,
 )
 from polymodal.systems.speaking import SpeakingPolicy
@@ -52,7 +51,6 @@ from polymodal.tokenizers.action_bins import state_text
 from polymodal.tokenizers.fast import FAST
 from polymodal.weights.fields import Fields
 from polymodal.weights.format import Format
-from polymodal.weights.rules import Rule
 
 MODEL_TYPE: Final = "polymodal_pi0_fast"
 FOLDER: Final = "action_tokenizer"  # beside the weights
@@ -208,12 +206,6 @@ def write_hf(c: PI0FastConfig) -> dict[str, Any]:
     parts = write_parts(c.vision, c.family, c.backbone, c.image_id, c.control)
     robot = {name: getattr(c, name) for name in _ROBOT} | {"cameras": list(c.cameras)}
     return {"architectures": ["Polymodal"], **parts, "model_type": MODEL_TYPE, **robot}
-
-
-def rules_hf(c: PI0FastConfig) -> list[Rule]:
-    family = FAMILIES[c.family]
-    text = family.rules(c.backbone, f"language_model.{family.base}", "language_model.lm_head", "backbone")
-    return [*rules_of_parts(""), *text]
 
 
 PI0Fast.formats = {"hf": Format(read=read_hf, write=write_hf, rules=rules_hf)}

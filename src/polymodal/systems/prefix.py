@@ -133,6 +133,13 @@ def rules_of_parts(base: str) -> list[Rule]:
     ]
 
 
+def rules_hf(c: PrefixConfig) -> list[Rule]:
+    """Of a whole model."""
+    family = FAMILIES[c.family]
+    text = family.rules(c.backbone, f"language_model.{family.base}", "language_model.lm_head", "backbone")
+    return [*rules_of_parts(""), *text]
+
+
 SO400M: Final[Mapping[str, Any]] = {
     "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
     "patch_size": 14, "image_size": 224, "model_type": TOWER,

@@ -26,7 +26,6 @@ from typing import Any, Final, final
 from jaxtyping import Float
 from torch import Tensor
 
-from polymodal.backbones.families import FAMILIES
 from polymodal.connectors.mlp import Linear
 from polymodal.core.chat import Chat
 from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
@@ -40,7 +39,7 @@ from polymodal.systems.prefix import (
     PrefixConfig,
     PrefixGenerator,
     read_parts,
-    rules_of_parts,
+    rules_hf,
     write_parts,
 )
 from polymodal.systems.speaking import SpeakingPolicy
@@ -48,7 +47,6 @@ from polymodal.tokenizers.action_bins import TextBins
 from polymodal.tokenizers.language import LanguageTokenizer
 from polymodal.weights.fields import Fields
 from polymodal.weights.format import Format
-from polymodal.weights.rules import Rule
 
 MODEL_TYPE: Final = "polymodal_rt2"
 ROBOT_SHARE: Final = (0.5, 0.5)  # demonstrations and other lessons, with PaLI-X; two thirds with PaLM-E
@@ -141,12 +139,6 @@ def write_hf(c: RT2Config) -> dict[str, Any]:
     parts = write_parts(c.vision, c.family, c.backbone, c.image_id, c.control)
     robot = {"action_dim": c.action_dim, "cameras": list(c.cameras)}
     return {"architectures": ["Polymodal"], **parts, "model_type": MODEL_TYPE, **robot}
-
-
-def rules_hf(c: RT2Config) -> list[Rule]:
-    family = FAMILIES[c.family]
-    text = family.rules(c.backbone, f"language_model.{family.base}", "language_model.lm_head", "backbone")
-    return [*rules_of_parts(""), *text]
 
 
 RT2.formats = {"hf": Format(read=read_hf, write=write_hf, rules=rules_hf)}

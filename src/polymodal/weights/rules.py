@@ -8,13 +8,15 @@ and of a model, runs every op on meta tensors, and returns either steps or all t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
 from torch import Tensor
+
+from polymodal.core.errors import WeightsError
 
 
 @runtime_checkable
@@ -226,6 +228,21 @@ class Plan:
     dropped: dict[str, str] = field(default_factory=dict)  # their name -> reason
     initialised: dict[str, str] = field(default_factory=dict)  # our name -> reason
     problems: list[str] = field(default_factory=list)
+
+    def tensors(self, read: Callable[[str], Tensor], where: str) -> Iterator[tuple[str, Tensor]]:
+        """Our names and their values, read as they are needed.
+
+        Args:
+            read: gives one of their tensors.
+            where: the checkpoint, for the message.
+
+        Raises:
+            WeightsError: there are problems; all are listed.
+        """
+        if self.problems:
+            raise WeightsError(where, self.problems)
+        for step in self.steps:
+            yield from zip(step.ours, step.op.to_ours([read(name) for name in step.theirs]), strict=True)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

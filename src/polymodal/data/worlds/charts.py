@@ -15,6 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
@@ -91,7 +92,7 @@ _THEMES: Final[Mapping[str, str]] = {  # paper, plotting area, text
     "dark": "1c1f26 1c1f26 f0f0f0",
     "slate": "f4f4f4 dfe6ea 2a2a2a",
 }
-_FONTS: Final = ("DejaVu Sans", "DejaVu Serif", "DejaVu Sans Mono", "STIXGeneral")  # matplotlib carries these along
+_FONTS: Final = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral")  # files that matplotlib carries along
 _MARKERS: Final = ("o", "s", "D", "^")
 _TOPS: Final = (10, 20, 40, 50, 80, 100, 200, 400, 500, 1000, 2000)
 
@@ -278,11 +279,16 @@ def chart(rng: np.random.Generator, *, kind: str | None = None, size: int = 224,
 # --------------------------------------------------------------------------------------------------------- drawing
 
 
+def _file(font: str) -> Path:
+    """By path, never by name: what is found by name depends on the machine's fonts and on a cache of them."""
+    from matplotlib import get_data_path
+
+    return Path(get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
+
+
 @functools.lru_cache(maxsize=8)
 def _measure(font: str) -> ImageFont.FreeTypeFont:
-    from matplotlib.font_manager import findfont
-
-    return ImageFont.truetype(findfont(font, fallback_to_default=False), 100)
+    return ImageFont.truetype(_file(font), 100)
 
 
 def _distance(a: str, b: str) -> float:
@@ -357,7 +363,7 @@ class _Sheet:
             self.letters.append((" ", ends[-1], self.size - middle))
         self.add(
             Text(
-                x, y, text, fontsize=height * 0.72, family=self.style.font, color=colour or self.ink,
+                x, y, text, fontsize=height * 0.72, font=_file(self.style.font), color=colour or self.ink,
                 rotation=90 if upright else 0, horizontalalignment=across, verticalalignment=down, parse_math=False,
             )
         )  # fmt: skip
