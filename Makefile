@@ -17,6 +17,7 @@ PYTEST_ARGS ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --no-input --quiet -c constraints.txt
 PYTEST := $(PY) -m pytest
+SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 PROOFS := build/proofs.json
 FAST := not slow and not gpu and not network
 STAMPS := $(VENV)/stamps
@@ -40,12 +41,12 @@ demo: $(STAMPS)/demo ## install, index a folder of pictures, find them by words
 
 check: lint ## format, lint, types and the fast tests: under 3 minutes
 	$(call say,Fast tests: units and contracts)
-	@$(PYTEST) tests/unit tests/contracts -m "$(FAST)" $(PYTEST_ARGS)
+	@$(SPREAD) tests/unit tests/contracts -m "$(FAST)" $(PYTEST_ARGS)
 
 test: lint packages ## what CI runs: everything but the slow proofs, and docs/systems.md against the results
 	$(call say,Tests: everything that is not marked slow)
 	@rm -f $(PROOFS)
-	@$(PYTEST) -m "not slow" --proofs $(PROOFS) $(PYTEST_ARGS)
+	@$(SPREAD) -m "not slow" --proofs $(PROOFS) $(PYTEST_ARGS)
 	$(call say,docs/systems.md says what these tests have shown)
 	@$(PY) -m tools.systems_doc --check $(PROOFS)
 
