@@ -23,7 +23,7 @@ from polymodal.modalities.image import PatchBudget, PatchProcessor
 from polymodal.systems.siglip2 import NaFlexConfig, SigLIP2, SigLIP2Config
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
 from recipes.nano.pictures import Captions, Questions, as_batch, tokenizer
-from recipes.nano.siglip import CONTEXT, PATCH, STEPS
+from recipes.nano.siglip import BATCH, CONTEXT, PATCH, STEPS, start
 
 ASPECTS: Final = ((4, 4), (3, 5), (5, 3))  # rows and columns of patches
 IMAGES = PatchProcessor(budget=PatchBudget(patch_size=PATCH, max_patches=16))
@@ -43,6 +43,7 @@ def model() -> nn.Module:
     words = tokenizer(length=CONTEXT, pad="max")
     siglip2 = SigLIP2.build(config(words.vocab_size))
     siglip2.images, siglip2.tokenizer = IMAGES, words
+    start(siglip2.head)
     return siglip2
 
 
@@ -74,7 +75,7 @@ def evaluate(siglip2: nn.Module) -> dict[str, float]:
     return Questions(siglip2).ask()
 
 
-def run(steps: int = STEPS, batch_size: int = 128) -> Run:
+def run(steps: int = STEPS, batch_size: int = BATCH) -> Run:
     return Run(
         name="nano-siglip2",
         header=Header(
