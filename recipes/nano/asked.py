@@ -26,7 +26,6 @@ from polymodal.tokenizers.language import LanguageTokenizer
 SIZE, PATCH = 80, 8
 PATCHES = (SIZE // PATCH) ** 2
 IMAGES = ImageProcessor(resize=Exact(height=SIZE, width=SIZE), mean=CLIP_MEAN, std=CLIP_STD)
-TURNS = 4  # questions about one picture; then it is described
 # A question, then its answer: no names of roles, each of which would be a token.
 TEMPLATE = """\
 {%- for message in messages -%}
@@ -58,7 +57,6 @@ MAPS: Final = ("shape", "colour", "middle", "letter", "second", "next")  # what 
 EMPTY: Final = 0.2  # of the patches that show nothing are learned: most do
 DESCRIBED: Final = 0.7  # of the rows end with a description: a yes or no teaches little where to look
 DESCRIBE: Final = ("describe the picture in one sentence.", "describe the picture.", "what do you see?")
-NOISE: Final = 0.12  # of the questions hold a word that means nothing here
 
 
 @lru_cache(maxsize=1)
@@ -99,9 +97,9 @@ def _weighted(rng: np.random.Generator, weights: dict[str, float]) -> str:
     return list(weights)[int(rng.choice(len(shares), p=shares / shares.sum()))]
 
 
-def of_scene(rng: np.random.Generator) -> Lesson:
+def of_scene(rng: np.random.Generator, turns: int) -> Lesson:
     scene, first = questions.pose(rng, kind=_weighted(rng, KINDS))
-    more = [questions.ask(scene, rng, kind=_weighted(rng, KINDS)) for _ in range(TURNS - 1)]
+    more = [questions.ask(scene, rng, kind=_weighted(rng, KINDS)) for _ in range(turns - 1)]
     found = _different([first, *more], describe_scene(scene), rng)
     return Lesson(shapes.render(scene, SIZE), found, partial(map_scene, scene))
 
@@ -115,14 +113,14 @@ def describe_scene(scene: shapes.Scene) -> str:
     )
 
 
-def of_chart(rng: np.random.Generator) -> Lesson:
+def of_chart(rng: np.random.Generator, turns: int) -> Lesson:
     chart = charts.chart(rng, size=SIZE)
     marks = zip(chart.categories, chart.values[0], strict=True)
     if len(charts.questions(chart)) == len(charts.QUESTIONS):
         said = ", ".join(f"{name} {charts.number_text(value)}" for name, value in marks)
     else:
         said = ", ".join(name for name, _ in marks)
-    asked = [charts.ask(chart, rng, kind=_weighted(rng, CHARTED)) for _ in range(TURNS)]
+    asked = [charts.ask(chart, rng, kind=_weighted(rng, CHARTED)) for _ in range(turns)]
     found = _different(asked, f"{chart.kind} chart: {said}", rng)
     return Lesson(charts.render(chart, SIZE), found, lambda: map_letters(charts.letters(chart, SIZE)))
 
@@ -182,9 +180,9 @@ def map_letters(letters: Sequence[tuple[str, float, float]]) -> dict[str, list[s
 # ---- to learn from
 
 
-def with_noise(question: str, rng: np.random.Generator) -> str:
+def with_noise(question: str, rng: np.random.Generator, share: float) -> str:
     """Now and then a word that does not belong there: questions come in other words than those of training."""
-    if rng.random() > NOISE:
+    if rng.random() > share:
         return question
     words = question.split()
     for _ in range(int(rng.integers(1, 3))):
@@ -196,15 +194,18 @@ def pixels_of(lessons: Sequence[Lesson]) -> Float[Tensor, "lessons 3 size size"]
     return IMAGES.normalise(torch.from_numpy(np.stack([lesson.pixels for lesson in lessons])).permute(0, 3, 1, 2))
 
 
-def collate(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
-    """Rows of a picture with what is asked about it, as the chat template writes them."""
+def collate(lessons: Sequence[Lesson], rng: np.random.Generator, *, noise: float = 0.12) -> Batch:
+    """Rows of a picture with what is asked about it, as the chat template writes them.
+
+    ``noise`` is how many of the questions hold words that mean nothing here.
+    """
     image, ask, end = (_control(name) for name in ("<|image|>", "<|im_start|>", "<|im_end|>"))
     rows: list[list[int]] = []
     labels: list[list[int]] = []
     for lesson in lessons:
         row, label = [image] * PATCHES, [IGNORE] * PATCHES
         for question, answer in lesson.asked:
-            q, a = _ids(with_noise(question, rng)), _ids(answer)
+            q, a = _ids(with_noise(question, rng, noise)), _ids(answer)
             row += [*q, ask, *a, end]
             label += [*[IGNORE] * (len(q) + 1), *a, end]
         rows.append(row)
@@ -223,23 +224,37 @@ def vocabulary(name: str) -> Int[Tensor, " words"]:
     return torch.tensor(sorted({_ids(word)[0] for word in [*words, NOTHING]}))
 
 
-def name_patches(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
-    """Pictures and, for each of `MAPS`, the ids of the words of their patches."""
+def names_of(lessons: Sequence[Lesson], rng: np.random.Generator) -> Int[Tensor, "lessons maps patches"]:
+    """For each of `MAPS` the ids of the words of the patches."""
     ids = np.full((len(lessons), len(MAPS), PATCHES), IGNORE)
     empty = _ids(NOTHING)[0]
     for i, lesson in enumerate(lessons):
         for name, words in lesson.maps().items():
             ids[i, MAPS.index(name)] = [_ids(word)[0] for word in words]
     ids[(ids == empty) & (rng.random(ids.shape) > EMPTY)] = IGNORE
-    return Batch(pixels=pixels_of(lessons), names=torch.from_numpy(ids))
+    return torch.from_numpy(ids)
+
+
+def look(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
+    """Pictures to name the patches of."""
+    return Batch(pixels=pixels_of(lessons), names=names_of(lessons, rng))
+
+
+def both(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
+    """What is asked about pictures, more of it in strange words, and the names of their patches."""
+    return Batch(collate(lessons, rng, noise=0.3) | {"names": names_of(lessons, rng)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """New pictures for each row of each step: ``scenes`` and ``charts`` are shares, the rest are lines of text."""
+    """New pictures for each row of each step: ``scenes`` and ``charts`` are shares, the rest are lines of text.
+
+    Up to ``turns`` questions are asked about a picture; then it may be described.
+    """
 
     scenes: float
     charts: float
+    turns: int = 4
     collate: Callable[[Sequence[Lesson], np.random.Generator], Batch]
 
     def __len__(self) -> int:
@@ -248,8 +263,8 @@ class Pictures:
     def lesson(self, rng: np.random.Generator) -> Lesson:
         kind = rng.random()
         if kind < self.scenes:
-            return of_scene(rng)
-        return of_chart(rng) if kind < self.scenes + self.charts else of_line(rng)
+            return of_scene(rng, self.turns)
+        return of_chart(rng, self.turns) if kind < self.scenes + self.charts else of_line(rng)
 
     def batch(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
         return self.collate([self.lesson(rng) for _ in indices], rng)

@@ -16,7 +16,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from polymodal.asking import answers
 from polymodal.backbones.decoder import AttentionConfig, DecoderConfig, Gated
@@ -26,7 +27,7 @@ from polymodal.core.batch import Batch, Loss
 from polymodal.encoders.stem import StemConfig
 from polymodal.encoders.vit import ViTConfig
 from polymodal.evaluate.card import evaluate as judged
-from polymodal.heads.lm import IGNORE
+from polymodal.heads.lm import IGNORE, next_token_loss
 from polymodal.nn.norm import RMS
 from polymodal.nn.rope import Rope
 from polymodal.samplers.autoregressive import Settings
@@ -38,16 +39,18 @@ from recipes.nano.asked import (
     MAPS,
     NOTHING,
     PATCH,
+    PATCHES,
     SIZE,
     Pictures,
+    both,
     collate,
-    name_patches,
+    look,
     tasks,
     tokenizer,
     vocabulary,
 )
 
-STEPS = (3200, 6000)
+STEPS = (3200, 6000, 5000)
 ASKED = 300  # questions of each kind
 
 
@@ -87,13 +90,24 @@ class Learner(nn.Module):
         self.turns = nn.ModuleDict({name: nn.Linear(dim, dim, bias=False) for name in ("middle", "second", "next")})
 
     def loss(self, batch: Batch) -> Loss:
+        if "ids" not in batch:
+            return self.naming(self.vlm.connector(self.vlm.vision(batch["pixels"]).x), batch["names"])
+        tokens = self.vlm.read(batch)
+        said = next_token_loss(self.vlm.backbone(tokens).x, batch["labels"], self.vlm.backbone.logits)
         if "names" not in batch:
-            return self.vlm.loss(batch)
-        patches = self.vlm.connector(self.vlm.vision(batch["pixels"]).x)
+            return said
+        named = self.naming(tokens.x[:, :PATCHES], batch["names"])  # a picture is what every row begins with
+        total = said.total + named.total / named.weight * said.weight
+        return Loss(total=total, weight=said.weight, metrics={**said.metrics, **named.metrics})
+
+    def naming(
+        self, patches: Float[Tensor, "pictures patches dim"], names: Int[Tensor, "pictures maps patches"]
+    ) -> Loss:
+        """How well the vectors of patches name them, each map's mean for each picture."""
         table = self.vlm.backbone.embed_tokens.weight
         empty = tokenizer().encode(NOTHING, special=False)[0]
         total, metrics = patches.sum() * 0.0, {}
-        for name, wanted in zip(MAPS, batch["names"].unbind(1), strict=True):
+        for name, wanted in zip(MAPS, names.unbind(1), strict=True):
             kept = wanted != IGNORE
             x = patches[kept]
             x = self.turns[name](x) if name in self.turns else x
@@ -135,7 +149,7 @@ def evaluate(vlm: nn.Module, count: int = ASKED) -> dict[str, float]:
     return found
 
 
-def run(steps: tuple[int, int] = STEPS) -> Run:
+def run(steps: tuple[int, int, int] = STEPS) -> Run:
     stage = partial(Stage, weight_decay=0.05, betas=(0.9, 0.95), precision="bf16", ema=0.998, workers=1)
     return Run(
         name="nano-vlm",
@@ -147,7 +161,7 @@ def run(steps: tuple[int, int] = STEPS) -> Run:
         stages=[
             stage(
                 name="look", steps=steps[0], batch_size=64, lr=3e-3, schedule=Cosine(warmup=min(100, steps[0] // 10)),
-                source=partial(Pictures, scenes=0.45, charts=0.1, collate=name_patches),
+                source=partial(Pictures, scenes=0.45, charts=0.1, collate=look),
                 trainable={"vlm.vision": 1, "vlm.connector": 1, "vlm.backbone.embed_tokens": 1, "turns": 1},
             ),
             stage(
@@ -155,6 +169,12 @@ def run(steps: tuple[int, int] = STEPS) -> Run:
                 schedule=Cosine(warmup=min(100, steps[1] // 10)),
                 source=partial(Pictures, scenes=0.45, charts=0.2, collate=collate),
                 trainable={"vlm.connector": 1, "vlm.backbone": 1},
+            ),
+            stage(
+                name="together", steps=steps[2], batch_size=32, lr=2e-3,
+                schedule=Cosine(warmup=min(100, steps[2] // 10)),
+                source=partial(Pictures, scenes=0.4, charts=0.3, turns=10, collate=both),
+                trainable={"vlm.vision": 0.5, "vlm.connector": 1, "vlm.backbone": 1, "turns": 1},
             ),
         ],
         evaluate=evaluate,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
+from polymodal.core.batch import Batch
 from polymodal.core.chat import Chat
 from polymodal.core.errors import DataError
 from polymodal.data.worlds import charts, documents, questions, shapes
@@ -31,8 +32,7 @@ def lessons(count: int, scenes: float, charted: float) -> list[asked.Lesson]:
     return [source.lesson(rng) for _ in range(count)]
 
 
-def test_rows_are_those_that_the_chat_template_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asked, "NOISE", 0.0)
+def test_rows_are_those_that_the_chat_template_writes() -> None:
     learner = vlm.model()
     assert isinstance(learner, vlm.Learner)
     for lesson in lessons(6, scenes=0.4, charted=0.3):
@@ -43,7 +43,10 @@ def test_rows_are_those_that_the_chat_template_writes(monkeypatch: pytest.Monkey
                 {"role": "user", "content": [*content, {"type": "text", "text": question}]},
                 {"role": "assistant", "content": answer},
             ]
-        ours, theirs = asked.collate([lesson], np.random.default_rng(0)), learner.vlm.lesson([Chat.of(messages)])
+        ours, theirs = (
+            asked.collate([lesson], np.random.default_rng(0), noise=0.0),
+            learner.vlm.lesson([Chat.of(messages)]),
+        )
         for name in ("ids", "labels", "valid", "pixels_row"):
             assert torch.equal(ours[name], theirs[name]), name
         torch.testing.assert_close(ours["pixels"], theirs["pixels"], rtol=0, atol=1e-5)
@@ -52,7 +55,7 @@ def test_rows_are_those_that_the_chat_template_writes(monkeypatch: pytest.Monkey
 def test_each_patch_is_named_by_its_words() -> None:
     words = asked.tokenizer()
     made = lessons(12, scenes=0.5, charted=0.2)
-    batch = asked.name_patches(made, np.random.default_rng(0))
+    batch = asked.look(made, np.random.default_rng(0))
     assert batch["names"].shape == (12, len(asked.MAPS), asked.PATCHES)
     for lesson, names in zip(made, batch["names"], strict=True):
         for name, ids in zip(asked.MAPS, names.tolist(), strict=True):
@@ -65,12 +68,19 @@ def test_each_patch_is_named_by_its_words() -> None:
 def test_a_learner_names_patches_and_answers() -> None:
     learner, made, rng = vlm.model(), lessons(2, scenes=1.0, charted=0.0), np.random.default_rng(0)
     assert isinstance(learner, vlm.Learner)
-    named = learner.loss(asked.name_patches(made, rng))
+    named = learner.loss(asked.look(made, rng))
     named.total.backward()
     assert learner.vlm.vision.patch_embed.weight.grad is not None
     assert learner.vlm.backbone.blocks[0].mlp.up_proj.weight.grad is None  # words alone, not what reads them
     answered = learner.loss(asked.collate(made, rng))
     assert answered.weight == sum(len(words) + 1 for m in made for words in map(asked._ids, [a for _, a in m.asked]))
+    learner.eval()  # the statistics of a batch norm would move between the parts and the whole
+    batch = asked.both(made, np.random.default_rng(0))
+    looked = learner.loss(Batch({name: batch[name] for name in ("pixels", "names")}))
+    said = learner.loss(Batch({name: tensor for name, tensor in batch.items() if name != "names"}))
+    whole = learner.loss(batch)
+    assert whole.weight == said.weight
+    torch.testing.assert_close(whole.total, said.total + looked.total / looked.weight * said.weight)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -117,7 +127,7 @@ def test_nothing_that_is_held_out_is_learned() -> None:
     forms = [re.compile(re.sub(r"\\\{.*?\\\}", ".+", re.escape(wording))) for wording in unseen]
     rng = np.random.default_rng(0)
     for _ in range(200):
-        lesson = asked.of_scene(rng)
+        lesson = asked.of_scene(rng, 4)
         assert pairs.isdisjoint(map(" ".join, zip(lesson.maps()["colour"], lesson.maps()["shape"], strict=True)))
         for question, answer in lesson.asked:
             assert not any(pair in f"{question} {answer}" for pair in pairs), question
