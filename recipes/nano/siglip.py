@@ -40,8 +40,11 @@ def config(vocab_size: int) -> SigLIPConfig:
 
 
 def start(head: nn.Module) -> None:
-    """The bias at the share of true pairs in our batches. The paper's -10 is that of 32,768: here it draws every picture
-    to every text first, and one step moves it by no more than the learning rate."""
+    """The bias at the share of true pairs in our batches.
+
+    The paper's -10 is that of batches of 32,768: here it would draw every picture to every text first, and a step moves
+    it by no more than the learning rate.
+    """
     assert isinstance(head, SigmoidHead)
     nn.init.constant_(head.logit_bias, -math.log(BATCH))
 
