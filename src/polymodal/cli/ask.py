@@ -21,9 +21,37 @@ if TYPE_CHECKING:
 
 def _ask(arguments: argparse.Namespace) -> int:
     model, settings = _writer(arguments)
+    if arguments.when is not None:
+        return _when(arguments, model)
     row = _answer(arguments, model, settings, arguments.files, arguments.question)
     if arguments.json:
         print_json(row)
+    return 0
+
+
+def _when(arguments: argparse.Namespace, model: Any) -> int:
+    """Tells the times of one clip at which the answer is yes."""
+    from dataclasses import asdict
+
+    from polymodal.core.sample import Sample, Video
+    from polymodal.modalities.video import clock
+    from polymodal.moments import moments, spans
+
+    clips = [part for file in arguments.files for part in Sample.of(Path(file).expanduser()).parts]
+    if len(clips) != 1 or not isinstance(clips[0], Video):
+        raise ConfigError("--when looks through one clip: polymodal ask film.mp4 'Is there a red cup?' --when")
+    with bar("looking", "frames") as show:
+        every = list(moments(model, clips[0], arguments.question, fps=arguments.when, progress=show))
+    found = spans(every, gap=1.5 / arguments.when)
+    if arguments.json:
+        row = {"files": arguments.files, "question": arguments.question, "model": arguments.model}
+        print_json(row | {"spans": [asdict(span) for span in found], "frames": [asdict(one) for one in every]})
+        return 0
+    for span in found:
+        print(f"{clock(span.start)} to {clock(span.end)}   surest at {clock(span.best.time)} ({span.best.score:+.1f})")
+    if not found:
+        best = max(every, key=lambda one: one.score)
+        print(f"never; the nearest to a yes was at {clock(best.time)} ({best.score:+.1f})")
     return 0
 
 
@@ -328,12 +356,17 @@ examples:
   polymodal ask receipt.jpg "Read it" --schema receipt.schema.json --model ~/models/qwen2-vl
   polymodal ask photo.jpg "What is this?" --show seen/ --model ~/models/llava-next    what the model saw
   polymodal ask photo.jpg "Find the dog" --draw found/ --model ~/models/qwen2.5-vl
-  polymodal ask clip.mp4 "When does it fall?" --sampling motion:12 --model ~/models/llava-next""",
+  polymodal ask clip.mp4 "When does it fall?" --sampling motion:12 --model ~/models/llava-next
+  polymodal ask film.mp4 "Is there a dog?" --when --model ~/models/llava-next    the times of a yes""",
     )
     sub.add_argument(
         "files", nargs="*", metavar="FILE", help="pictures and clips, in the order in which the model reads them"
     )
     sub.add_argument("question", metavar="QUESTION")
+    sub.add_argument(
+        "--when", nargs="?", type=count, const=1, metavar="FPS",
+        help="ask it of a clip frame by frame, 1 a second or FPS, and tell the times at which the answer is yes",
+    )  # fmt: skip
     _with_pictures_out(sub)
     _with_settings(sub)
     with_json(sub)
