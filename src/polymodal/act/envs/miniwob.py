@@ -240,6 +240,8 @@ class MiniWoB(RobotEnv):
                     button="right" if act.kind == "right_click" else "left",
                     click_count=2 if act.kind == "double_click" else 1,
                 )
+        if page.evaluate(_STATE) is None:  # nothing to look at: a page on its way may show no picture
+            return None
         self._look(page)
         return page.evaluate(_STATE)
 
