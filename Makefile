@@ -25,6 +25,7 @@ VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version(
 PACKAGES := fonts-noto-color-emoji fonts-symbola unicode-cldr-core libcairo2 \
 	fonts-unifont fonts-dejavu-core fonts-freefont-ttf
 SIMULATORS := libegl1 libegl-mesa0 libgl1-mesa-dri libgles2 libopengl0 chromium
+VOICES := espeak-ng flite libfluidsynth3 timgm6mb-soundfont
 
 say = @echo "== $(1)"
 
@@ -77,7 +78,7 @@ format: $(STAMPS)/dev ## let ruff format and fix what it can
 
 packages: # tests that need a missing package are skipped by name
 	$(call say,System packages that tests need)
-	@sh tools/system_packages.sh $(PACKAGES) $(SIMULATORS) || true
+	@sh tools/system_packages.sh $(PACKAGES) $(SIMULATORS) $(VOICES) || true
 
 clean: ## remove .venv, caches and everything built or run here
 	$(call say,Removing $(VENV)$(comma) caches$(comma) build/ dist/ demo/)
