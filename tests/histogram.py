@@ -13,7 +13,7 @@ from PIL import ImageColor
 from torch import Tensor
 
 from polymodal.core.batch import Batch
-from polymodal.core.sample import Image, Sample, samples
+from polymodal.core.sample import IMAGE_SUFFIXES, Image, Sample, samples
 from polymodal.modalities.image import decode
 
 LEVELS = 4  # of each colour channel
@@ -28,6 +28,7 @@ class Histogram:
     """
 
     embedding_dim = LEVELS**3
+    suffixes = IMAGE_SUFFIXES
 
     def __init__(self, *, pause: float = 0.0, salt: str = "") -> None:
         self.pause = pause

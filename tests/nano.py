@@ -11,11 +11,13 @@ from torch import nn
 
 import polymodal
 from polymodal.backbones.bert import BertConfig
+from polymodal.backbones.conditioned import ConditionedConfig
 from polymodal.backbones.decoder import AttentionConfig, DecoderConfig, Gated, Learned, Plain
 from polymodal.backbones.detr import DetrConfig
-from polymodal.backbones.encdec import EncDecConfig, RelativeBias, StackConfig, Unbiased
+from polymodal.backbones.encdec import CrossDecoderConfig, EncDecConfig, RelativeBias, StackConfig, Unbiased
 from polymodal.backbones.experts import ExpertConfig
 from polymodal.backbones.families import ControlIds
+from polymodal.backbones.levels import LevelConfig
 from polymodal.backbones.readouts import ReadoutConfig
 from polymodal.backbones.steps import StepDecoderConfig
 from polymodal.backbones.unet1d import UNet1dConfig
@@ -27,18 +29,24 @@ from polymodal.connectors.resampler import ResamplerConfig
 from polymodal.connectors.token_learner import TokenLearnerConfig
 from polymodal.core.batch import Batch
 from polymodal.encoders.efficientnet import EfficientNetConfig
+from polymodal.encoders.htsat import HTSATConfig
 from polymodal.encoders.qwen_vision import QwenVisionConfig, Windows
 from polymodal.encoders.resnet import ResNetConfig
+from polymodal.encoders.seanet import SEANetConfig
 from polymodal.encoders.small_stem import SmallStemConfig
 from polymodal.encoders.text import TextConfig
 from polymodal.encoders.trunk import PixelTrunk
 from polymodal.encoders.vit import ViTConfig
+from polymodal.encoders.wav2vec2 import Wav2Vec2TowerConfig
+from polymodal.encoders.whisper import WhisperEncoderConfig
 from polymodal.heads.distillation import DistillationConfig
 from polymodal.heads.reconstruction import PatchDecoderConfig
 from polymodal.heads.score import ScoreConfig
+from polymodal.heads.speech_codes import SpeechCodesConfig
 from polymodal.modalities.tiles import Grid
 from polymodal.nn.norm import RMS, AdaptiveRMS, Layer, OffsetRMS
 from polymodal.nn.rope import Rope
+from polymodal.nn.spans import Spans
 from polymodal.systems import TABLE
 from polymodal.systems.act import ACTConfig
 from polymodal.systems.bart import BARTConfig
@@ -47,9 +55,11 @@ from polymodal.systems.behaviour import BehaviourConfig
 from polymodal.systems.bert import BERTConfig
 from polymodal.systems.blip2 import BLIP2Config
 from polymodal.systems.blip2_qformer import BLIP2QFormerConfig
+from polymodal.systems.clap_files import CLAPConfig
 from polymodal.systems.clip import CLIPConfig
 from polymodal.systems.composed import ComposedConfig
 from polymodal.systems.composed_crossed import ComposedCrossedConfig
+from polymodal.systems.dac import DACConfig
 from polymodal.systems.diffusion_policy import DiffusionPolicyConfig
 from polymodal.systems.dinov2 import DINOv2Config
 from polymodal.systems.flamingo import FlamingoConfig
@@ -58,6 +68,7 @@ from polymodal.systems.language import LanguageModelConfig
 from polymodal.systems.llava import LlavaConfig
 from polymodal.systems.llava_next import LlavaNextConfig
 from polymodal.systems.mae import MAEConfig
+from polymodal.systems.musicgen import MusicGenConfig
 from polymodal.systems.octo import OctoConfig
 from polymodal.systems.openvla import OpenVLAConfig
 from polymodal.systems.openvla_oft import OpenVLAOFTConfig
@@ -67,13 +78,19 @@ from polymodal.systems.pi0_fast import PI0FastConfig
 from polymodal.systems.pi05 import PI05Config
 from polymodal.systems.prismatic import PrismaticConfig
 from polymodal.systems.qwen2_5_vl import Qwen2_5VLConfig
+from polymodal.systems.qwen2_audio import Qwen2AudioConfig
 from polymodal.systems.qwen2_vl import Qwen2VLConfig
 from polymodal.systems.rt1 import RT1Config
 from polymodal.systems.rt2 import RT2Config
+from polymodal.systems.screen import ScreenConfig
+from polymodal.systems.seanet_codec import EnCodecConfig
 from polymodal.systems.siglip import SigLIPConfig
 from polymodal.systems.siglip2 import NaFlexConfig, SigLIP2Config
 from polymodal.systems.t5 import T5Config
+from polymodal.systems.valle import VALLEConfig
 from polymodal.systems.vit import VisionTransformerConfig
+from polymodal.systems.wav2vec2_files import Wav2Vec2Config
+from polymodal.systems.whisper import WhisperConfig
 
 M = TypeVar("M", bound=nn.Module)
 SHAPE: dict[str, Any] = {"dim": 32, "num_layers": 2, "num_heads": 4, "hidden_dim": 64}
@@ -312,6 +329,10 @@ NANO["behaviour_cloning"] = BehaviourConfig(
     text_dim=32,
     context=8,
 )
+NANO["screen"] = ScreenConfig(
+    words=("blue", "cup", "put", "red", "the"), height=48, width=32, channels=16, dim=32, num_layers=1, context=8,
+    kinds=2, placed=(0,), typed=1, characters=4,
+)  # fmt: skip
 NANO["rt1"] = RT1Config(
     vision=EfficientNetConfig(width=0.25, depth=0.25, resolution=64, padding="open"),
     connector=TokenLearnerConfig(num_tokens=2, hidden_dim=8),
@@ -368,6 +389,79 @@ NANO["octo"] = OctoConfig(
     action_width=4,
     backbone=ReadoutConfig(**SHAPE),
     head=ScoreConfig(hidden_dim=16, num_layers=1, time_dim=8),
+)
+
+NANO["encodec"] = EnCodecConfig(
+    sample_rate=600,
+    bandwidths=(0.3, 0.6, 1.2),
+    seanet=SEANetConfig(dim=8, filters=6, ratios=(4, 2), num_lstm_layers=1),
+    codebook_size=16,
+)
+NANO["dac"] = DACConfig(
+    sample_rate=1200, dim=4, decoder_dim=24, ratios=(2, 4), num_codebooks=3, codebook_size=16, codebook_dim=4
+)
+
+
+NANO["whisper"] = WhisperConfig(
+    encoder=WhisperEncoderConfig(**SHAPE, num_mels=16, positions=50),
+    backbone=CrossDecoderConfig(
+        vocab_size=40,
+        dim=32,
+        decoder=replace(_BART, key_bias=False),
+        norm=Layer(),
+        position=Learned(count=48),
+        post_norm=False,
+        start_id=31,
+        pad_id=30,
+        fixed_id=30,
+    ),
+)
+
+
+NANO["musicgen"] = MusicGenConfig(
+    text=EncDecConfig(
+        vocab_size=40, dim=32, encoder=_T5, decoder=_T5, norm=RMS(), position=RelativeBias(), post_norm=False,
+        start_id=0, pad_id=0, logit_scale=32**-0.5,
+    ),
+    backbone=ConditionedConfig(
+        dim=24, stack=StackConfig(num_layers=2, num_heads=3, head_dim=8, mlp=Unbiased(hidden_dim=48, activation="gelu"))
+    ),
+    codec=EnCodecConfig(
+        sample_rate=800, bandwidths=(2.0,), codebook_size=32, seanet=SEANetConfig(dim=12, filters=4, ratios=(4, 2))
+    ),
+)  # fmt: skip
+
+
+NANO["wav2vec2"] = Wav2Vec2Config(
+    audio=Wav2Vec2TowerConfig(
+        **SHAPE, conv_dims=(16, 24), conv_kernels=(4, 3), conv_strides=(3, 2), position_kernel=4, position_groups=4
+    ),
+    head=SpeechCodesConfig(num_codes=6, code_dim=8, proj_dim=12, num_negatives=5),
+    times=Spans(share=0.5, length=2),
+)
+
+
+NANO["qwen2_audio"] = Qwen2AudioConfig(
+    audio=WhisperEncoderConfig(**SHAPE, num_mels=16, positions=50),
+    backbone=replace(DECODER, attention=replace(DECODER.attention, qkv_bias=True)),
+    audio_id=39,
+    control=PATCHES["control"],
+)
+
+
+NANO["clap"] = CLAPConfig(
+    audio=HTSATConfig(num_mels=8, spec_size=32, dim=16, depths=(2, 2), num_heads=(2, 4), window=4, fusion=2),
+    text=BertConfig(**TEXT, num_types=1, offset=2),
+    embed_dim=24,
+)  # fmt: skip
+
+
+NANO["valle"] = VALLEConfig(
+    symbols=(" ", "a", "b", "d", "e", "o", "t"),
+    first=NANO["musicgen"].backbone,
+    rest=LevelConfig(**SHAPE),
+    codec=NANO["musicgen"].codec,
+    prompt_seconds=0.05,
 )
 
 

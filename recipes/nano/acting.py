@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,7 +21,7 @@ from polymodal.act.runner import Report
 from polymodal.act.runner import run as run_loop
 from polymodal.core.batch import Batch
 from polymodal.core.observation import Observation
-from polymodal.encoders.trunk import PixelTrunk, StateTrunk
+from polymodal.encoders.trunk import PixelTrunk, StateTrunk, TileTrunk
 from polymodal.modalities.action import Statistics
 from polymodal.recording import demonstrate
 from polymodal.systems.acting import Policy
@@ -55,7 +55,7 @@ class Demonstrations:
 
 
 def fresh(
-    robot: str, shown: Demonstrations, trunk: StateTrunk | PixelTrunk, head: Head, horizon: int
+    robot: str, shown: Demonstrations, trunk: StateTrunk | PixelTrunk | TileTrunk, head: Head, horizon: int
 ) -> BehaviourCloning:
     """A policy that knows the robot and the words of the demonstrations, and nothing else."""
     config = BehaviourConfig(
@@ -107,7 +107,7 @@ class Cloning:
         return fresh(self.task, self.demonstrations(), self.trunk, self.head, self.horizon)
 
     def lessons(self) -> Lessons:
-        return Lessons(self.policy(), self.demonstrations())
+        return Lessons(self.policy(), self.demonstrations(), framed)
 
     def trials(self, model: nn.Module) -> dict[str, float]:
         """How often it succeeds in wordings that were never used, there with another target told than shown, too, and
@@ -129,14 +129,33 @@ class Cloning:
             return run_loop(env, player, guard, episodes=self.tried, seed=TRIED, swapped=swapped)
 
 
+def tried(model: Policy, task: str, episodes: int) -> Report:
+    """Episodes that were never shown, in closed loop, behind a guard, of a policy that looks before each step."""
+    with closing(make(task)) as env:
+        player = Player(model, Receding(execute=1), generator=torch.Generator().manual_seed(0))
+        return run_loop(env, player, Guard(env.limits(), fps=env.fps), episodes=episodes, seed=TRIED)
+
+
+def as_told(told: str, rng: np.random.Generator) -> str:
+    return told
+
+
+def framed(told: str, rng: np.random.Generator) -> str:
+    """Half of the instructions get unknown words before and behind them: a noun is to be known in any wording."""
+    before, behind = rng.integers(4, size=2) * rng.integers(2)
+    return " ".join([*[FILLER] * before, told, *[FILLER] * behind])
+
+
 class Lessons:
-    """Every step of every demonstration, with the actions of the next steps.
+    """Every step of every demonstration, with the actions of the next steps; ``worded`` is what is said of each."""
 
-    Half of the instructions get unknown words before and behind them: a noun is to be known in any wording.
-    """
-
-    def __init__(self, policy: Policy, shown: Demonstrations) -> None:
-        self._policy, self._shown = policy, shown
+    def __init__(
+        self,
+        policy: Policy,
+        shown: Demonstrations,
+        worded: Callable[[str, np.random.Generator], str] = as_told,
+    ) -> None:
+        self._policy, self._shown, self._worded = policy, shown, worded
         self._ahead, self._valid = shown.ahead(policy.horizon)
 
     def __len__(self) -> int:
@@ -148,13 +167,8 @@ class Lessons:
             Observation(
                 images={camera: pictures[row] for camera, pictures in shown.pictures.items()},
                 state=shown.states[row],
-                instruction=_framed(shown.told[shown.episode[row]], rng),
+                instruction=self._worded(shown.told[shown.episode[row]], rng),
             )
             for row in rows
         ]
         return self._policy.lesson(seen, torch.from_numpy(shown.actions[self._ahead[rows]]), self._valid[rows])
-
-
-def _framed(told: str, rng: np.random.Generator) -> str:
-    before, behind = rng.integers(4, size=2) * rng.integers(2)
-    return " ".join([*[FILLER] * before, told, *[FILLER] * behind])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from polymodal.composition import compose
     from polymodal.core.chat import Chat
     from polymodal.core.errors import PolymodalError
-    from polymodal.core.sample import Image, Sample, Text, Video
+    from polymodal.core.sample import Audio, Image, Sample, Text, Video
 
 # Where each public name lives: importing polymodal imports no torch. No module is called as a function here is: once
 # it is imported, it would hide the function.
@@ -31,12 +31,14 @@ _LAZY = {
     "Chat": "polymodal.core.chat",
     "PolymodalError": "polymodal.core.errors",
     "Image": "polymodal.core.sample",
+    "Audio": "polymodal.core.sample",
     "Text": "polymodal.core.sample",
     "Sample": "polymodal.core.sample",
     "Video": "polymodal.core.sample",
 }
 
 __all__ = [
+    "Audio",
     "Chat",
     "Image",
     "PolymodalError",

@@ -341,12 +341,12 @@ class _Run:
         model = self.model
         if isinstance(model, Generates):
             self._write(model, self._dry(prompt(model, self.given, self.tokens)))
-        elif isinstance(model, Embedder):
+        elif isinstance(model, Embedder) and "mel" not in model.inputs_spec():
             self._embed(model)
         elif isinstance(model, Policy):
             self._act(model)
-        elif "pixels" in model.inputs_spec():
-            raise UnsupportedError(f"{type(model).__name__} reads pairs to train on, which has no price yet")
+        elif other := [n for n in model.inputs_spec() if n not in ("ids", "valid", "types", "labels")]:
+            raise UnsupportedError(f"{type(model).__name__} reads {', '.join(other)}, which has no price yet")
         else:
             ids = torch.zeros(self.given.batch, self.given.text, dtype=torch.int64)
             self.tokens |= {"text": self.given.text, "total": self.given.text}

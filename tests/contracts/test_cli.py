@@ -45,6 +45,12 @@ COMMANDS = [
     "record",
     "act",
     "serve-policy",
+    "transcribe",
+    "listen",
+    "music",
+    "speak",
+    "consent",
+    "detect-watermark",
 ]
 POLYMODAL = [sys.executable, "-m", "polymodal"]
 

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"core", "nn", "modalities", "tokenizers"},
     "systems": {"core", "nn", *PARTS, "samplers", "weights"},  # a policy samples its actions inside `act`
     "train": {"core", "data", "samplers"},  # rewards are of what a model writes
-    "evaluate": {"core"},
+    "evaluate": {"core", "nn"},
     "retrieve": {"core", "modalities"},
     "act": {"core", "modalities"},
     "serve": {"core", "nn", "samplers"},
@@ -36,15 +36,17 @@ TOP, DOOR = "cli", "__main__.py"
 # Files of systems/ that are no systems, but what several of them share.
 SHARED = {
     "base", "generator", "tower", "qwen_vl", "reader", "crossed", "seq2seq", "prefix", "fused", "acting", "speaking",
-    "chunk_heads", "lerobot", "expert_policy", "expert_files",
+    "chunk_heads", "lerobot", "listening", "windows", "whisper_files", "wav2vec2_files", "clap_files",
+    "expert_policy", "expert_files", "codec", "seanet_codec",
 }  # fmt: skip
 # Oracles of the tests: never needed at run time.
 ORACLES = {"transformers", "diffusers", "peft", "timm", "open_clip", "skimage", "accelerate"}
 # The certificate runs the reference implementation where it is installed, and only inside a function.
 MAY_IMPORT_ORACLES = {"weights/verify.py", "verify.py"}
 OPTIONAL = (
-    "lancedb", "pyarrow", "cairosvg", "cairocffi", "matplotlib", "av", "llguidance", "gymnasium", "mujoco", "metaworld",
-    "minigrid", "miniwob", "playwright", "websockets", "msgpack", "scipy", *sorted(ORACLES),
+    "lancedb", "pyarrow", "cairosvg", "cairocffi", "matplotlib", "av", "soundfile", "soxr", "llguidance",
+    "gymnasium", "mujoco", "metaworld", "minigrid", "miniwob", "playwright", "websockets", "msgpack", "scipy",
+    *sorted(ORACLES),
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def test_a_lesson_is_what_was_seen_and_what_was_done_next(cloning: acting.Clonin
 
 
 def test_instructions_keep_their_words_in_any_frame() -> None:
-    told = {acting._framed("touch the red cube", np.random.default_rng(n)) for n in range(40)}
+    told = {acting.framed("touch the red cube", np.random.default_rng(n)) for n in range(40)}
     assert len(told) > 5
     assert all("touch the red cube" in each for each in told)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from PIL import Image as PILImage
 import polymodal
 from polymodal.core.batch import Batch
 from polymodal.core.errors import UnsupportedError, WeightsError
-from polymodal.core.sample import Sample
+from polymodal.core.sample import Audio, Sample
 from polymodal.core.verbs import Counts, Embeds, Generates, HasInputs, Trains, verbs_of
 from polymodal.systems import TABLE
 from polymodal.systems.base import DualEncoder, Embedder, System
@@ -19,12 +20,27 @@ from polymodal.systems.generator import Generator
 from polymodal.systems.prefix import PrefixGenerator
 from tests.nano import NANO, every_system, nano, nano_batch
 
+RATES = (16_000, 48_000, 8_000)
+
 
 def pictures() -> list[PILImage.Image]:
     """Pictures of several shapes and modes."""
     noise = torch.randint(0, 256, (3, 20, 20, 3), dtype=torch.uint8).numpy()
     first, second, third = (PILImage.fromarray(array) for array in noise)
     return [first, second.resize((37, 11)), third.convert("L")]
+
+
+def sounds() -> list[Audio]:
+    """Noise of several lengths and rates."""
+    noise = 0.1 * torch.randn(3, 60_000, generator=torch.Generator().manual_seed(0)).numpy()
+    return [
+        Audio(wave[:size], rate=rate) for wave, size, rate in zip(noise, (9_000, 60_000, 3_000), RATES, strict=True)
+    ]
+
+
+def media(model: System) -> list[Any]:
+    """What a system that embeds gives vectors to, beside texts."""
+    return sounds() if isinstance(model, Embedder) and ".wav" in model.suffixes else pictures()
 
 
 def test_every_system_has_a_nano_config() -> None:
@@ -35,7 +51,8 @@ def test_every_system_has_a_nano_config() -> None:
 def test_verbs_are_those_that_it_has(name: str) -> None:
     cls = TABLE[name].resolve()
     verbs = verbs_of(cls)
-    assert ("embed" in verbs, "classify" in verbs) == (issubclass(cls, Embedder), issubclass(cls, DualEncoder))
+    compares = issubclass(cls, DualEncoder) or name == "clap"  # sounds and texts
+    assert ("embed" in verbs, "classify" in verbs) == (issubclass(cls, Embedder), compares)
     assert ("ask" in verbs) == isinstance(nano(name), Generates)
 
 
@@ -93,7 +110,8 @@ def test_no_decay_names_weights_that_exist(name: str) -> None:
 
 @every_system("embedding: unit vectors, the same in any batch", Embedder)
 def test_vectors_are_of_unit_length_and_do_not_depend_on_the_batch(name: str) -> None:
-    model, items = nano(name).eval(), pictures()
+    model = nano(name).eval()
+    items = media(model)
     assert isinstance(model, Embeds)
     vectors = model.embed(items)
     assert vectors.dtype == torch.float32
@@ -111,7 +129,7 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
     assert type(loaded) is type(model)
     if isinstance(model, Embedder):
         assert isinstance(loaded, Embedder)
-        items = pictures()
+        items = media(model)
         torch.testing.assert_close(loaded.embed(items), model.embed(items), atol=0, rtol=0)
     else:
         losses = []
@@ -155,17 +173,19 @@ def test_presets_build_on_the_meta_device(name: str) -> None:
 def test_count_is_what_the_tower_computes(name: str, size: tuple[int, int]) -> None:
     model = nano(name).eval()
     assert isinstance(model, Counts)
-    sample = Sample.of(PILImage.new("RGB", size))
+    hears = ".wav" in model.suffixes
+    medium = Audio(sounds()[1].source[: 3000 * size[0]], rate=48_000) if hears else PILImage.new("RGB", size)
+    sample = Sample.of(medium)
     batch = model.prepare([sample])
     seen: list[int] = []
-    first = model.get_submodule("vision.blocks.0")
-    hook = first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    first = model.get_submodule("audio.stages.0.blocks.0" if hears else "vision.blocks.0")
+    hook = first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1, -2).shape[1]))
     with torch.inference_mode():
         model.encode(batch)
     hook.remove()
     padding = int((~batch["mask"]).sum()) if "mask" in batch else 0
     assert [model.count(sample)] == [tokens - padding for tokens in seen]
-    assert model.count(Sample.of([PILImage.new("RGB", size)] * 3)) == 3 * model.count(sample)
+    assert model.count(Sample.of([medium] * 3)) == 3 * model.count(sample)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 16), (15, 33), (90, 40)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ import polymodal
 from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
 from polymodal.core.observation import Observation, with_past
 from polymodal.core.verbs import Acts, Continues
-from polymodal.encoders.trunk import StateTrunk
+from polymodal.encoders.trunk import StateTrunk, TileTrunk
 from polymodal.modalities.action import Statistics
 from polymodal.nn.precision import cast
 from polymodal.systems.behaviour import BehaviourCloning, BehaviourConfig
-from polymodal.systems.chunk_heads import L1, Bins, Diffusion, Flow, Head, Tokens
+from polymodal.systems.chunk_heads import L1, Bins, Choice, Diffusion, Flow, Head, Tokens
 from polymodal.tokenizers.fast import FAST
 from tests.nano import NANO, nano, nano_batch
 
 NAMES = ("act", "diffusion_policy", "behaviour_cloning")
-HEADS = (L1(), Bins(width=8), Tokens(vocab_size=400, hidden_dim=32, num_layers=1), Flow(), Diffusion())
+HEADS = (L1(), Bins(width=8), Tokens(vocab_size=400, hidden_dim=32, num_layers=1), Flow(), Diffusion(), Choice())
 
 
 def test_crops_are_random_while_training_only() -> None:
@@ -89,7 +90,7 @@ def test_every_policy_acts_learns_and_is_kept(name: str, head: Any, tmp_path: Pa
     assert one.shape == (3, model.horizon, 5)
     assert bool(one.isfinite().all())
     assert torch.equal(one, again), "the same seed, the same actions"
-    samples = isinstance(head, Flow | Diffusion) or name == "diffusion_policy"
+    samples = isinstance(head, Flow | Diffusion | Choice) or name == "diffusion_policy"
     assert torch.equal(one, other) != samples, "only what samples depends on the seed"
 
     wanted = torch.rand(3, model.horizon, 5)
@@ -199,6 +200,31 @@ def test_words_decide_and_an_unknown_one_does_not_harm() -> None:
     assert bool(((done - wanted).abs() < 0.5 * (done - wanted.flip(0)).abs()).all())
     alone = torch.cat([model.act(model.observe([one])) for one in asked])
     torch.testing.assert_close(alone, done, atol=1e-5, rtol=1e-5)
+
+
+def test_tiles_are_seen_where_they_are_and_steered_by_words() -> None:
+    """Eight tiles of one colour and one of another: where it lies, in the words' direction, is what is learned."""
+    trunk = TileTrunk(cameras=("agent",), image_size=12, tile=4, channels=16, kept=4, dim=32, num_layers=1)
+    config = BehaviourConfig(trunk=trunk, words=("blue", "red"), horizon=1, action_width=2, text_dim=32)
+    torch.manual_seed(0)
+    model: Any = BehaviourCloning.build(config)
+    model.use_statistics({"robot": {"action": Statistics.from_array(np.array([[0.0, 0.0], [2.0, 2.0]]))}})
+    seen, wanted = [], []
+    for red, blue in permutations(range(9), 2):
+        picture = np.full((12, 12, 3), 128, np.uint8)
+        for tile, channel in ((red, 0), (blue, 2)):
+            row, column = divmod(tile, 3)
+            picture[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 255 * np.eye(3, dtype=np.uint8)[channel]
+        seen += [Observation(images={"agent": picture}, instruction=text) for text in ("red", "blue")]
+        wanted += [divmod(tile, 3) for tile in (red, blue)]
+    lesson = model.lesson(seen, torch.tensor(wanted).float()[:, None], torch.ones(144, 1, dtype=torch.bool))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model.loss(lesson).mean.backward()
+        optimizer.step()
+    done = model.eval().act(model.observe(seen))[:, 0]
+    assert float((done - torch.tensor(wanted)).abs().max()) < 0.5
 
 
 def test_a_flow_goes_on_from_a_chunk_and_other_heads_say_that_they_cannot() -> None:

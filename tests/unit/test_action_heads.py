@@ -12,7 +12,7 @@ from polymodal.core.errors import ConfigError, MediaError
 from polymodal.encoders.keypoints import SpatialSoftmax
 from polymodal.heads.action import NUM_BINS, BinsHead, L1Head, bins, centres, masked
 from polymodal.nn.time import waves
-from polymodal.systems.chunk_heads import L1, Bins, Diffusion, Flow, Head, Tokens
+from polymodal.systems.chunk_heads import L1, Bins, Choice, Diffusion, Flow, Head, Tokens
 from polymodal.tokenizers.fast import FAST
 from polymodal.tokenizers.words import PAD, UNKNOWN, Words
 
@@ -69,6 +69,27 @@ def test_two_digits_are_one_distribution_over_all_bins() -> None:
     expected = -log_probs.gather(-1, bins(actions)[..., None])[..., 0]
     torch.testing.assert_close(head.loss(x, actions).total, expected.sum())
     assert torch.equal(bins(head.likeliest(x)), log_probs.argmax(-1))
+
+
+def test_a_choice_is_drawn_as_often_as_it_was_shown() -> None:
+    torch.manual_seed(0)
+    head = Choice().build(1, 2, 4)
+    x, shown = torch.ones(40, 1), torch.full((40, 2, 4), -1.0)
+    shown[:, 0, 3] = 1.0
+    shown[:30, 1, 0], shown[30:, 1, 2] = 1.0, 1.0
+    mask = torch.ones(40, 2, 4, dtype=torch.bool)
+    mask[:, :, 1] = False  # a number that this robot has not: never drawn
+    mask[35:, 1] = False  # past the end
+    assert head.loss(x, shown, mask).weight == 75
+    optimizer = torch.optim.Adam(head.parameters(), lr=5e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        head.loss(x, shown, mask).mean.backward()
+        optimizer.step()
+    drawn = head.predict(torch.ones(4000, 1), torch.Generator().manual_seed(0))
+    assert torch.equal(drawn.sum(-1), torch.full((4000, 2), -2.0)), "one of four"
+    often = (drawn > 0).float().mean(0)
+    torch.testing.assert_close(often, torch.tensor([[0, 0, 0, 1], [30 / 35, 0, 5 / 35, 0]]), atol=0.03, rtol=0)
 
 
 def test_bins_fit_a_distribution_of_two_peaks() -> None:

@@ -16,6 +16,8 @@ from polymodal.act.envs.base import RobotEnv
 from polymodal.act.envs.tabletop import Tabletop
 from polymodal.act.envs.tabletop_model import MUCH, Randomisation
 from polymodal.act.envs.tabletop_words import COLOURS, KINDS, PLACES, WORDINGS, Told, held_out
+from polymodal.act.guard import Guard
+from polymodal.act.runner import Expert, run
 from polymodal.core.errors import ConfigError, UnsupportedError
 from polymodal.core.interval import wilson
 
@@ -138,6 +140,22 @@ def test_a_scene_of_one_target_cannot_be_swapped(name: str) -> None:
     env = environment(name, cameras=[])
     with pytest.raises(UnsupportedError, match="tabletop"):
         env.reset(seed=0, options={"swapped": True})
+
+
+@pytest.mark.parametrize("task", ["push-v3", "door-open-v3"])
+def test_an_expert_that_leans_against_its_box_is_not_limited(task: str) -> None:
+    env = environment(f"metaworld/{task}", cameras=[])
+    guard = Guard(env.limits(), fps=env.fps)
+    assert run(env, Expert(env), guard, episodes=1).success.value == 1
+    assert not guard.counts
+    env.close()
+
+
+def test_the_box_of_a_set_is_around_those_of_its_tasks() -> None:
+    deep, usual = (environment(f"metaworld/{task}", cameras=[]) for task in ("hand-insert-v3", "reach-v3"))
+    assert deep.limits().workspace.low[2] < -0.1 < 0 < usual.limits().workspace.low[2]
+    usual.names = ("reach-v3", "hand-insert-v3")
+    assert usual.limits().workspace == deep.limits().workspace
 
 
 # ---- the table-top's words

@@ -68,6 +68,17 @@ def bart(architecture: str, **fields: Any) -> dict[str, Any]:
     return {"architectures": [architecture], "forced_bos_token_id": 0} | fields
 
 
+def whisper(dim: int, layers: int, heads: int, *, english: bool = False, **fields: Any) -> dict[str, Any]:
+    end = 50256 if english else 50257
+    stacks = {
+        f"{s}_{n}": v for s in ("encoder", "decoder") for n, v in (("layers", layers), ("attention_heads", heads))
+    }
+    stacks |= {"encoder_ffn_dim": 4 * dim, "decoder_ffn_dim": 4 * dim, "num_hidden_layers": layers}
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": end + 1}
+    old = {"forced_decoder_ids": [[1, 50259]], "suppress_tokens": [1, 2], "begin_suppress_tokens": [220, end]}
+    return {"d_model": dim, "vocab_size": 51864 if english else 51865} | stacks | ids | old | fields
+
+
 SMALL_BART = {f"{s}_{n}": v for s in ("encoder", "decoder") for n, v in (("layers", 6), ("attention_heads", 12))}
 SMALL_BART |= {"d_model": 768, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072}
 CLIP_336 = LARGE | {"image_size": 336, "patch_size": 14, "projection_dim": 768, "model_type": "clip_vision_model"}
@@ -90,6 +101,12 @@ def paligemma(dim: int, text: dict[str, Any]) -> dict[str, Any]:
         "image_token_index": 257152,
         "ignore_index": -100,
     }
+
+
+def wav2vec2_large(cls: str) -> dict[str, Any]:
+    norms = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+    codes = {} if cls.endswith("CTC") else {"codevector_dim": 768, "proj_codevector_dim": 768}
+    return LARGE | norms | codes | {"architectures": [cls]}
 
 
 # Hub name -> system, the fields in which its published config differs from the defaults of transformers (with those
@@ -218,6 +235,22 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
     "google/flan-t5-base": ("t5", t5(768, 2048, 12, 12, flan=True), 247_577_856),
     "google/flan-t5-xl": ("t5", t5(2048, 5120, 24, 32, flan=True), 2_849_757_184),
     "google/flan-t5-xxl": ("t5", t5(4096, 10240, 24, 64, flan=True), 11_135_332_352),
+    "openai/whisper-tiny": ("whisper", whisper(384, 4, 6), 37_760_640),
+    "openai/whisper-tiny.en": ("whisper", whisper(384, 4, 6, english=True), 37_760_256),
+    "openai/whisper-base": ("whisper", whisper(512, 6, 8), 72_593_920),
+    "openai/whisper-small": ("whisper", whisper(768, 12, 12), 241_734_912),
+    "openai/whisper-medium": ("whisper", whisper(1024, 24, 16), 763_857_920),
+    "openai/whisper-large-v2": ("whisper", whisper(1280, 32, 20), 1_543_304_960),
+    "openai/whisper-large-v3": (
+        "whisper",
+        whisper(1280, 32, 20, num_mel_bins=128, vocab_size=51866),
+        1_543_490_560,
+    ),
+    "openai/whisper-large-v3-turbo": (
+        "whisper",
+        whisper(1280, 32, 20, num_mel_bins=128, vocab_size=51866, decoder_layers=4),
+        808_878_080,
+    ),
     "facebook/bart-base": ("bart", bart("BartModel", **SMALL_BART), 139_420_416),
     "facebook/bart-large": ("bart", bart("BartModel"), 406_291_456),
     "facebook/bart-large-cnn": ("bart", bart("BartForConditionalGeneration", vocab_size=50264), 406_290_432),
@@ -246,6 +279,51 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
         paligemma(2304, {"model_type": "gemma2"}) | {"_vocab_size": 257152},
         3_032_242_416,
     ),
+    "facebook/encodec_24khz": (
+        "encodec",
+        {"num_filters": 32, "target_bandwidths": [1.5, 3.0, 6.0, 12.0, 24.0]},
+        14_851_810,
+    ),
+    "facebook/encodec_48khz": (
+        "encodec",
+        {
+            "target_bandwidths": [3.0, 6.0, 12.0, 24.0],
+            "sampling_rate": 48000,
+            "audio_channels": 2,
+            "normalize": True,
+            "chunk_length_s": 1.0,
+            "overlap": 0.01,
+            "use_causal_conv": False,
+            "norm_type": "time_group_norm",
+        },
+        14_856_294,
+    ),
+    "facebook/encodec_32khz": (
+        "encodec",
+        {
+            "target_bandwidths": [2.2],
+            "sampling_rate": 32000,
+            "num_filters": 64,
+            "upsampling_ratios": [8, 5, 4, 4],
+            "use_causal_conv": False,
+            "codebook_size": 2048,
+            "use_conv_shortcut": False,
+        },
+        56_884_674,
+    ),
+    "descript/dac_16khz": ("dac", {"downsampling_ratios": [2, 4, 5, 8], "n_codebooks": 12}, 74_141_697),
+    "descript/dac_24khz": (
+        "dac",
+        {"downsampling_ratios": [2, 4, 5, 8], "n_codebooks": 32, "sampling_rate": 24000},
+        74_653_857,
+    ),
+    "descript/dac_44khz": ("dac", {"sampling_rate": 44100, "quantizer_dropout": 0}, 76_620_777),
+}
+PUBLISHED |= {
+    "facebook/wav2vec2-base": ("wav2vec2", {}, 95_044_608),
+    "facebook/wav2vec2-base-960h": ("wav2vec2", {"architectures": ["Wav2Vec2ForCTC"]}, 94_396_320),
+    "facebook/wav2vec2-large-lv60": ("wav2vec2", wav2vec2_large("Wav2Vec2ForPreTraining"), 317_390_592),
+    "facebook/wav2vec2-large-960h-lv60-self": ("wav2vec2", wav2vec2_large("Wav2Vec2ForCTC"), 315_471_520),
 }
 every_checkpoint = pytest.mark.parametrize(
     "checkpoint",
@@ -338,10 +416,10 @@ def test_every_system_has_a_published_checkpoint_here() -> None:
     # tests/unit/test_pi_policies.
     elsewhere = {
         "prismatic", "qwen2_vl", "qwen2_5_vl", "blip2", "blip2_qformer", "flamingo", "idefics", "pi0", "pi05",
-        "openvla", "openvla_oft", "act", "diffusion_policy",
+        "openvla", "openvla_oft", "act", "diffusion_policy", "clap", "musicgen", "qwen2_audio",
     }  # fmt: skip
     # No file of others has them, or none in safetensors.
-    nowhere = {"composed", "composed_crossed", "behaviour_cloning", "pi0_fast", "rt1", "rt2", "octo"}
+    nowhere = {"composed", "composed_crossed", "behaviour_cloning", "pi0_fast", "rt1", "rt2", "octo", "screen", "valle"}
     assert {system for system, _, _ in PUBLISHED.values()} | elsewhere | nowhere == set(TABLE)
 
 

@@ -20,7 +20,10 @@ from polymodal.nn.norm import Layer
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """A BERT encoder; ``context`` is the longest text in tokens."""
+    """A BERT encoder; ``context`` is the longest text in tokens.
+
+    ``offset`` rows of the table of positions stand before the first one (RoBERTa: 2).
+    """
 
     vocab_size: int
     context: int
@@ -31,6 +34,7 @@ class BertConfig:
     activation: ActivationName = "gelu"
     norm_eps: float = 1e-12
     num_types: int = 2
+    offset: int = 0
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads:
@@ -53,7 +57,7 @@ class Bert(nn.Module):
         c = self.config = config
         norm = Layer(eps=c.norm_eps)
         self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
-        self.position = nn.Embedding(c.context, c.dim)
+        self.position = nn.Embedding(c.offset + c.context, c.dim)
         self.types = nn.Embedding(c.num_types, c.dim)
         self.norm = norm.build(c.dim)
         self.blocks = nn.ModuleList(Block(c.dim, c.stack, norm, i, post_norm=True) for i in range(c.num_layers))
@@ -73,7 +77,8 @@ class Bert(nn.Module):
         if length > self.config.context:
             raise MediaError(f"a text of {length} tokens; this encoder reads at most {self.config.context}")
         kinds = self.types.weight[0] if types is None else self.types(types)
-        x = self.norm(self.embed_tokens(ids) + kinds + self.position.weight[:length])
+        first = self.config.offset
+        x = self.norm(self.embed_tokens(ids) + kinds + self.position.weight[first : first + length])
         return Tokens.of(x, causal=False, modality=Modality.TEXT, valid=valid)
 
     def forward(self, tokens: Tokens) -> Tokens:

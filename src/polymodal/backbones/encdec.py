@@ -88,6 +88,7 @@ class StackConfig:
 
     Attributes:
         bias: whether the four projections of attention have one.
+        key_bias: whether that of the keys has one, too (Whisper: no).
         scale: of the scores; ``head_dim ** -0.5`` if None (T5: 1).
     """
 
@@ -96,15 +97,16 @@ class StackConfig:
     head_dim: int
     mlp: Gated | Plain | Unbiased
     bias: bool = False
+    key_bias: bool = True
     scale: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncDecConfig:
-    """An encoder-decoder language model.
+class CrossDecoderConfig:
+    """A decoder of text that reads what was encoded elsewhere.
 
     Attributes:
-        position: of each of the two stacks, which have tables of their own.
+        position: of each stack, which have tables of their own.
         post_norm: norms stand after each addition and behind the embeddings (BART), not before each layer and behind
             the last one (T5).
         start_id: what the decoder reads first.
@@ -118,7 +120,6 @@ class EncDecConfig:
 
     vocab_size: int
     dim: int
-    encoder: StackConfig
     decoder: StackConfig
     norm: Norm
     position: RelativeBias | Learned
@@ -130,6 +131,13 @@ class EncDecConfig:
     logit_scale: float | None = None
     tied: bool = True
     logit_bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncDecConfig(CrossDecoderConfig):
+    """An encoder-decoder language model."""
+
+    encoder: StackConfig
 
 
 KeysValues: TypeAlias = tuple[Float[Tensor, "batch heads keys head_dim"], Float[Tensor, "batch heads keys head_dim"]]
@@ -152,7 +160,7 @@ class Attention(nn.Module):
         c = self.config = config
         inner, context_dim = c.num_heads * c.head_dim, context_dim or dim
         self.q_proj = nn.Linear(dim, inner, bias=c.bias)
-        self.k_proj = nn.Linear(context_dim, inner, bias=c.bias)
+        self.k_proj = nn.Linear(context_dim, inner, bias=c.bias and c.key_bias)
         self.v_proj = nn.Linear(context_dim, inner, bias=c.bias)
         self.o_proj = nn.Linear(inner, dim, bias=c.bias)
 
@@ -286,7 +294,7 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """An encoder, or a decoder that reads one: positions, blocks and a norm."""
 
-    def __init__(self, config: EncDecConfig, stack: StackConfig, *, decoder: bool) -> None:
+    def __init__(self, config: CrossDecoderConfig, stack: StackConfig, *, decoder: bool) -> None:
         super().__init__()
         c, p = config, config.position
         self.config, self.decoder = config, decoder
@@ -351,28 +359,27 @@ class Stack(nn.Module):
         return tokens.with_x(x if self.config.post_norm else self.norm(x))
 
 
-class EncDec(nn.Module):
-    """One embedding table, an encoder, a decoder, and the output layer."""
+class CrossDecoder(nn.Module):
+    """One embedding table, a decoder that reads a source, and the output layer."""
 
     logit_bias: Tensor | None
 
-    def __init__(self, config: EncDecConfig) -> None:
+    def __init__(self, config: CrossDecoderConfig) -> None:
         super().__init__()
         c = self.config = config
         self.embed_tokens = nn.Embedding(c.vocab_size, c.dim, padding_idx=c.fixed_id)
-        self.encoder = Stack(c, c.encoder, decoder=False)
-        self.decoder = Stack(c, c.decoder, decoder=True)
+        self.add_stacks()
         self.lm_head = None if c.tied else nn.Linear(c.dim, c.vocab_size, bias=False)
         self.register_buffer("logit_bias", torch.zeros(c.vocab_size) if c.logit_bias else None)
+
+    def add_stacks(self) -> None:
+        """Makes the decoder."""
+        self.decoder = Stack(self.config, self.config.decoder, decoder=True)
 
     def embed(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens dim"]:
         """Vectors of token ids, scaled as the family does."""
         x = self.embed_tokens(ids)
         return x if self.config.embed_scale is None else x * self.config.embed_scale
-
-    def text(self, ids: Int[Tensor, "batch tokens"], valid: Bool[Tensor, "batch tokens"] | None = None) -> Tokens:
-        """Text for the encoder; padding (``valid`` False) may stand anywhere."""
-        return Tokens.of(self.embed(ids), causal=False, modality=Modality.TEXT, valid=valid)
 
     def target(self, ids: Int[Tensor, "batch tokens"], valid: Bool[Tensor, "batch tokens"] | None = None) -> Tokens:
         """Text for the decoder; padding (``valid`` False) comes last."""
@@ -382,10 +389,6 @@ class EncDec(nn.Module):
         """What the decoder reads to say ``labels``: the start token, then all but the last of them."""
         ids = torch.cat([torch.full_like(labels[:, :1], self.config.start_id), labels[:, :-1]], 1)
         return torch.where(ids < 0, self.config.pad_id, ids)  # labels that are not learned are negative
-
-    def encode(self, tokens: Tokens) -> Tokens:
-        """The encoder's vectors of anything that `text` or a connector made; tokens of one block see all of it."""
-        return self.encoder(tokens)
 
     def source(self, encoded: Tokens) -> Source:
         """What the decoder's layers need of the encoder's vectors, computed once for all its steps.
@@ -402,16 +405,48 @@ class EncDec(nn.Module):
             layers.append(block.forward_source(encoded.x))
         return Source(layers=tuple(layers), valid=encoded.valid)
 
-    def forward(self, tokens: Tokens, target: Tokens) -> Tokens:
-        """The decoder's vectors after its last norm, from what the encoder and the decoder read."""
-        return self.decoder(target, self.source(self.encode(tokens)))
-
     def logits(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
         """Scores of the next token from the decoder's vectors."""
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         scale = self.config.logit_scale
         out = F.linear(x if scale is None else x * scale, weight)
         return out if self.logit_bias is None else out + self.logit_bias.to(out.dtype)
+
+    def new_memory(self, rows: int, capacity: int) -> EncDecMemory:
+        c, p, weight = self.config.decoder, self.config.position, self.embed_tokens.weight
+        return EncDecMemory(
+            num_layers=c.num_layers, rows=rows, capacity=min(capacity, p.count) if isinstance(p, Learned) else capacity,
+            num_kv_heads=c.num_heads, head_dim=c.head_dim, dtype=weight.dtype, device=weight.device,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def step(self, ids: Int[Tensor, " rows"], memory: EncDecMemory) -> Float[Tensor, "rows vocab"]:
+        """Reads one more token of the answer a row; scores of the token after it, in fp32."""
+        assert memory.source is not None, "step comes after prefill"
+        tokens = memory.next_tokens(self.embed(ids.to(memory.block.device)[:, None]), Modality.TEXT)
+        return self.logits(self.decoder(tokens, memory.source, memory).x[:, 0]).float()
+
+
+class EncDec(CrossDecoder):
+    """An encoder and a decoder that share an embedding table."""
+
+    config: EncDecConfig
+
+    def add_stacks(self) -> None:
+        self.encoder = Stack(self.config, self.config.encoder, decoder=False)
+        super().add_stacks()
+
+    def text(self, ids: Int[Tensor, "batch tokens"], valid: Bool[Tensor, "batch tokens"] | None = None) -> Tokens:
+        """Text for the encoder; padding (``valid`` False) may stand anywhere."""
+        return Tokens.of(self.embed(ids), causal=False, modality=Modality.TEXT, valid=valid)
+
+    def encode(self, tokens: Tokens) -> Tokens:
+        """The encoder's vectors of anything that `text` or a connector made; tokens of one block see all of it."""
+        return self.encoder(tokens)
+
+    def forward(self, tokens: Tokens, target: Tokens) -> Tokens:
+        """The decoder's vectors after its last norm, from what the encoder and the decoder read."""
+        return self.decoder(target, self.source(self.encode(tokens)))
 
     # -- generation: what a system needs for the Generates protocol
 
@@ -432,13 +467,6 @@ class EncDec(nn.Module):
             ids[i, : len(row)], valid[i, : len(row)] = torch.tensor(row), True
         return Batch(ids=ids, valid=valid)
 
-    def new_memory(self, rows: int, capacity: int) -> EncDecMemory:
-        c, p, weight = self.config.decoder, self.config.position, self.embed_tokens.weight
-        return EncDecMemory(
-            num_layers=c.num_layers, rows=rows, capacity=min(capacity, p.count) if isinstance(p, Learned) else capacity,
-            num_kv_heads=c.num_heads, head_dim=c.head_dim, dtype=weight.dtype, device=weight.device,
-        )  # fmt: skip
-
     def prefill(self, tokens: Tokens, memory: EncDecMemory, forced: Sequence[int] = ()) -> Float[Tensor, "rows vocab"]:
         """Encodes a prompt into an empty memory and starts the decoder; scores of its first token, in fp32.
 
@@ -451,13 +479,6 @@ class EncDec(nn.Module):
         start = torch.tensor([[self.config.start_id, *forced]], device=tokens.x.device)
         out = self.decoder(self.target(start.expand(tokens.shape[0], -1)), memory.source, memory)
         return self.logits(out.x[:, -1]).float()
-
-    @torch.no_grad()
-    def step(self, ids: Int[Tensor, " rows"], memory: EncDecMemory) -> Float[Tensor, "rows vocab"]:
-        """Reads one more token of the answer a row; scores of the token after it, in fp32."""
-        assert memory.source is not None, "step comes after prefill"
-        tokens = memory.next_tokens(self.embed(ids.to(memory.block.device)[:, None]), Modality.TEXT)
-        return self.logits(self.decoder(tokens, memory.source, memory).x[:, 0]).float()
 
 
 def only_text(chat: Chat) -> str:

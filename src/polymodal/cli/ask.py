@@ -1,4 +1,4 @@
-"""The commands that ask a model about pictures and clips: ask, caption, chat, evaluate."""
+"""The commands that ask a model about pictures, clips and sounds: ask, listen, caption, chat, evaluate."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from polymodal.core.chat import Chat
     from polymodal.samplers.autoregressive import Step
     from polymodal.serve.engine import Engine
+
+HEARER = "Qwen/Qwen2-Audio-7B-Instruct"
 
 
 def _ask(arguments: argparse.Namespace) -> int:
@@ -53,6 +55,10 @@ def _when(arguments: argparse.Namespace, model: Any) -> int:
         best = max(every, key=lambda one: one.score)
         print(f"never; the nearest to a yes was at {clock(best.time)} ({best.score:+.1f})")
     return 0
+
+
+def _listen(arguments: argparse.Namespace) -> int:
+    return _ask(arguments)
 
 
 def _caption(arguments: argparse.Namespace) -> int:
@@ -297,9 +303,9 @@ def _print_card(card: Any, page: Path) -> None:
     print(f"card: {plain(str(page))}, .json beside it")
 
 
-def _with_settings(sub: argparse.ArgumentParser) -> None:
-    with_model(sub, f"{WRITER}, once it is shipped")
-    sub.set_defaults(model=WRITER)
+def _with_settings(sub: argparse.ArgumentParser, writer: str = WRITER, note: str = ", once it is shipped") -> None:
+    with_model(sub, writer + note)
+    sub.set_defaults(model=writer)
     sub.add_argument("--max-tokens", type=count, default=256, metavar="N", help="tokens at most (default: 256)")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the best (default: 0)")
     sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from this share (default: 1)")
@@ -369,6 +375,24 @@ examples:
     )  # fmt: skip
     _with_pictures_out(sub)
     _with_settings(sub)
+    with_json(sub)
+
+    sub = command(
+        commands,
+        "listen",
+        _listen,
+        "ask a model about sound",
+        """\
+examples:
+  polymodal listen street.wav "What do you hear?"
+  polymodal listen a.mp3 b.mp3 "Which one is louder?" --model ~/models/qwen2-audio --json
+A model hears so many seconds at a time (Qwen2-Audio: 30); for what is said in a long recording there is
+polymodal transcribe.""",
+    )
+    sub.add_argument("files", nargs="+", metavar="FILE", help="sounds, in the order in which the model hears them")
+    sub.add_argument("question", metavar="QUESTION")
+    sub.set_defaults(when=None, show=None, draw=None)
+    _with_settings(sub, HEARER, "")
     with_json(sub)
 
     sub = command(

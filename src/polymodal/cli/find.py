@@ -100,9 +100,9 @@ def _search(arguments: argparse.Namespace) -> int:
         pool.submit(_open, path)
         model = _embedder(name)
         meta.check(path, model.fingerprint)
-        from polymodal.core.sample import Image, Text
+        from polymodal.core.sample import Text
 
-        part = Text(query) if isinstance(query, str) else Image(query)
+        part = Text(query) if isinstance(query, str) else _medium(query)
         vector = model.embed([part])[0].tolist()
         wants_page = arguments.html is not None
         found = pool.submit(_find, path, vector, arguments.top, arguments.filter, wants_page)
@@ -151,11 +151,9 @@ def _write_page(
 
     picture = None
     if isinstance(query, Path):
-        from polymodal.core.sample import Image
-        from polymodal.modalities.image import decode
-        from polymodal.retrieve.ingest import THUMBNAIL, jpeg, thumbnail
+        from polymodal.retrieve.ingest import thumbnail_of
 
-        picture = jpeg(thumbnail(decode(Image(query)), THUMBNAIL))
+        picture = thumbnail_of(query)
     shelf = Shelf(query=title, hits=hits, picture=picture)
     atomic_write(target.expanduser(), page(title, f"the {len(hits)} nearest {about}", [shelf], thumbnails))
 
@@ -196,7 +194,7 @@ def _print_hits(title: str, hits: Sequence[Hit], marks: frozenset[str] = frozens
             str(rank),
             f"{hit.score:.3f}",
             name,
-            f"{hit.size[0]}x{hit.size[1]}  {size_text(hit.bytes)}",
+            f"{hit.size[0]}x{hit.size[1]}  {size_text(hit.bytes)}" if hit.size[0] else size_text(hit.bytes),
         ]
         if marks:
             row.append(Text("never seen in training" if hit.path in marks else "", style="green"))
@@ -252,18 +250,17 @@ def _embed(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{out}: vectors are written as .npy or .safetensors")
     model = _embedder(model_name(arguments.model or MODEL))
     from polymodal.core.files import atomic_path
-    from polymodal.core.sample import Image
 
-    images = [Image(Path(p).expanduser()) for p in arguments.files]
+    media = [_medium(Path(p).expanduser()) for p in arguments.files]
     done = 0
     with bar("embedding") as show:
 
         def advance(count: int) -> None:
             nonlocal done
             done += count
-            show(done, len(images))
+            show(done, len(media))
 
-        vectors = model.embed(images, progress=advance).contiguous()
+        vectors = model.embed(media, progress=advance).contiguous()
     if out is None:
         print_json([{"path": p, "vector": v} for p, v in zip(arguments.files, vectors.tolist(), strict=True)])
         return 0
@@ -303,6 +300,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _medium(path: Path) -> Any:
+    from polymodal.core.sample import AUDIO_SUFFIXES, Audio, Image
+
+    return Audio(path) if path.suffix.lower() in AUDIO_SUFFIXES else Image(path)
+
+
 def _need_store() -> None:
     if importlib.util.find_spec("lancedb") is None:
         raise MissingDependency("an index", "lancedb", "search")
@@ -333,7 +336,7 @@ def add(commands: Commands) -> None:
         commands,
         "index",
         _index,
-        "make pictures searchable, or bring the index up to date with their folders",
+        "make pictures (or sounds) searchable, or bring the index up to date with their folders",
         """\
 Only what changed is read again: files of known size and time are not opened, moved files keep their
 vectors, deleted ones leave. It may be interrupted or killed at any time; the same command goes on.
@@ -357,7 +360,7 @@ examples:
         commands,
         "search",
         _search,
-        "find pictures by words or by a picture",
+        "find pictures or sounds, by words or by one that is like them",
         f"""\
 The score is the cosine between the query and the picture. Near-duplicates stand under the best of
 them: the same file content, or a cosine of at least 0.985 to a better hit.
@@ -371,8 +374,8 @@ examples:
   polymodal search "a beach" --filter 'width>=640 and path~"holiday"' --json""",
     )
     what = sub.add_mutually_exclusive_group(required=True)
-    what.add_argument("words", nargs="?", metavar="WORDS", help="what the pictures should show")
-    what.add_argument("--image", metavar="FILE", help="find pictures like this one")
+    what.add_argument("words", nargs="?", metavar="WORDS", help="what the pictures should show, or the sounds be of")
+    what.add_argument("--image", "--sound", metavar="FILE", help="find what is like this picture or sound")
     sub.add_argument("--top", type=count, default=20, metavar="N", help="how many (default: 20)")
     sub.add_argument("--filter", metavar="TEST", help="only pictures that pass a test, see below")
     sub.add_argument("--html", metavar="FILE", help="also write a gallery: one file that works offline")
@@ -410,7 +413,7 @@ examples:
         commands,
         "embed",
         _embed,
-        "write the vectors of pictures",
+        "write the vectors of pictures or sounds",
         """\
 A row a picture, in the order given, each of length 1.
 

@@ -43,6 +43,10 @@ class TrainError(PolymodalError):
     """A training run cannot start or go on."""
 
 
+class ConsentError(PolymodalError):
+    """A voice may not be copied: nobody is on record as having agreed."""
+
+
 class MissingDependency(PolymodalError):
     """An optional package is needed; the message names the extra to install."""
 

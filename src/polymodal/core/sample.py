@@ -53,11 +53,7 @@ class Video:
     name: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
-        start, end = 0.0 if self.start is None else self.start, math.inf if self.end is None else self.end
-        if not 0 <= start < end:
-            raise MediaError(
-                f"{self.where}: a piece needs 0 <= start < end, in seconds, not {self.start} to {self.end}"
-            )
+        _check_piece(self.where, self.start, self.end)
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise MediaError(f"{self.where}: fps must be positive, not {self.fps}")
 
@@ -67,11 +63,37 @@ class Video:
         return _where(self.name, self.source)
 
 
-Part: TypeAlias = Text | Image | Video
+@dataclass(frozen=True, eq=False)
+class Audio:
+    """Sound: a path (also of a video), encoded bytes, or a float array ``([channels, ]samples)`` with its ``rate``.
+
+    ``start`` and ``end`` are seconds from the first sample and choose a piece; all of it where they are None. Decoding
+    happens in `polymodal.modalities.audio` when a processor asks for samples.
+    """
+
+    source: Any
+    start: float | int | None = field(default=None, kw_only=True)
+    end: float | int | None = field(default=None, kw_only=True)
+    rate: int | None = field(default=None, kw_only=True)  # samples a second of an array; a file says its own
+    name: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_piece(self.where, self.start, self.end)
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise MediaError(f"{self.where}: rate must be positive, not {self.rate}")
+
+    @property
+    def where(self) -> str:
+        """What to call this sound in a message."""
+        return _where(self.name, self.source)
+
+
+Part: TypeAlias = Text | Image | Video | Audio
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2"}
 )
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"})
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac"})
 
 
 @dataclass(frozen=True)
@@ -109,6 +131,15 @@ class Sample:
     def videos(self) -> list[Video]:
         return [p for p in self.parts if isinstance(p, Video)]
 
+    @property
+    def audios(self) -> list[Audio]:
+        return [p for p in self.parts if isinstance(p, Audio)]
+
+
+def _check_piece(where: str, start: float | int | None, end: float | int | None) -> None:
+    if not 0 <= (0.0 if start is None else start) < (math.inf if end is None else end):
+        raise MediaError(f"{where}: a piece needs 0 <= start < end, in seconds, not {start} to {end}")
+
 
 def _where(name: str, source: Any) -> str:
     if name:
@@ -117,7 +148,7 @@ def _where(name: str, source: Any) -> str:
 
 
 def _part(value: Any) -> Part:
-    if isinstance(value, Text | Image | Video):
+    if isinstance(value, Text | Image | Video | Audio):
         return value
     if isinstance(value, str):
         return Text(value)
@@ -126,12 +157,16 @@ def _part(value: Any) -> Part:
             return Image(value)
         if value.suffix.lower() in VIDEO_SUFFIXES:
             return Video(value)
+        if value.suffix.lower() in AUDIO_SUFFIXES:
+            return Audio(value)
         ending = value.suffix or "nothing"
-        raise MediaError(f"{value}: no known medium ends in {ending!r}. Wrap it: Image(path) or Video(path)")
+        raise MediaError(
+            f"{value}: no known medium ends in {ending!r}. Wrap it: Image(path), Video(path) or Audio(path)"
+        )
     if isinstance(value, bytes) or type(value).__module__.split(".")[0] in {"PIL", "numpy"}:
         return Image(value)
     raise MediaError(
-        f"a sample is made of Text, Image, Video, str, Path, bytes, PIL images and numpy arrays, not "
+        f"a sample is made of Text, Image, Video, Audio, str, Path, bytes, PIL images and numpy arrays, not "
         f"{type(value).__name__}"
     )
 

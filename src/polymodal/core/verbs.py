@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from polymodal.core.batch import Batch, Loss
 from polymodal.core.observation import Observation
 from polymodal.core.sample import Sample
+from polymodal.core.sounding import Sounding, Voice
+from polymodal.core.transcript import Heard, Listening
 
 if TYPE_CHECKING:
     from polymodal.core.chat import Chat
@@ -66,12 +68,17 @@ class Embeds(Protocol):
     def embedding_dim(self) -> int: ...
 
     @property
+    def suffixes(self) -> frozenset[str]:
+        """Endings of the files, beside texts, that it gives vectors to, with their dots."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Hash of the weights, the config and the pre-processing: vectors of equal fingerprints may be compared."""
         ...
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
-        """Decodes and pre-processes samples of one kind (all pictures or all texts). Thread-safe, no learned layer.
+        """Decodes and pre-processes samples of one kind (pictures, sounds or texts). Thread-safe, no learned layer.
 
         Raises:
             MediaError: a sample cannot be decoded; the message names it.
@@ -286,7 +293,105 @@ class Resumes(Protocol):
         ...
 
 
+@runtime_checkable
+class Codes(Protocol):
+    """Writes sound as whole numbers and reads them back (a neural codec)."""
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples a second of the waveforms."""
+        ...
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames of codes a second."""
+        ...
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codes of a frame, the coarsest first."""
+        ...
+
+    @property
+    def codebook_size(self) -> int: ...
+
+    def quantize(self, wave: Float[Tensor, "batch channels samples"]) -> Int[Tensor, "batch codebooks frames"]:
+        """Codes of waveforms in [-1, 1] of `sample_rate`."""
+        ...
+
+    def reconstruct(self, codes: Int[Tensor, "batch codebooks frames"]) -> Float[Tensor, "batch channels samples"]:
+        """Waveforms of codes; fewer codebooks than `num_codebooks` give a coarser sound.
+
+        Whole frames come back: cut what is past the samples that `quantize` was given.
+        """
+        ...
+
+
+@runtime_checkable
+class Transcribes(Protocol):
+    """Writes down what is said in a sound of any length."""
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples a second of the waveform that it hears."""
+        ...
+
+    def transcribe_stream(
+        self, blocks: Iterable[Float[Tensor, " samples"]], listening: Listening, *, after: Heard | None = None
+    ) -> Iterator[Heard]:
+        """What is said, window by window, as soon as it is certain; no more than a window is in memory.
+
+        Args:
+            blocks: the sound from its first sample on, in pieces of any length, one channel in [-1, 1].
+            listening: how to hear it.
+            after: goes on behind what was heard before, to the same words as if it had never stopped; the samples
+                up to there are skipped.
+
+        Raises:
+            UnsupportedError: the model knows no such language or task, or gives no times of words.
+        """
+        ...
+
+
+@runtime_checkable
+class Sounds(Protocol):
+    """Makes sound of a text: music that it describes, or speech that says it."""
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples a second."""
+        ...
+
+    @property
+    def channels(self) -> int: ...
+
+    def sound(
+        self, text: str, sounding: Sounding, *, voice: Voice | None = None
+    ) -> Iterator[Float[Tensor, "channels samples"]]:
+        """Blocks of a waveform in [-1, 1], the first ones before the last ones are made.
+
+        Args:
+            text: what is to be heard.
+            sounding: how to make it.
+            voice: who is to speak.
+
+        Raises:
+            MediaError: the text is empty, or the sound would be longer than the model can make.
+            UnsupportedError: the model speaks with no given voice, or reads no text.
+        """
+        ...
+
+
 def verbs_of(system: type) -> Sequence[str]:
     """The names of the verbs that a class implements."""
-    names = {"encode": "embed", "prefill": "ask", "loss": "train", "logits": "classify", "count": "count", "act": "act"}
+    names = {
+        "encode": "embed",
+        "prefill": "ask",
+        "loss": "train",
+        "logits": "classify",
+        "count": "count",
+        "act": "act",
+        "sound": "sound",
+    }
+    names |= {"transcribe_stream": "transcribe"}
     return [verb for method, verb in names.items() if getattr(system, method, None) is not None]

@@ -59,6 +59,36 @@ class PixelTrunk:
         return PixelEncoder(self, text_dim)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TileTrunk:
+    """For pictures that are drawn of tiles: what each shows, steered by the instruction, and where that is.
+
+    Attributes:
+        cameras: their names; all share the layers but the last.
+        image_size: pictures are squares of so many pixels.
+        tile: pixels along a side of a tile.
+        channels: that say what a tile shows.
+        kept: channels of each tile that the last layers read.
+        state_width: 0 where the state is not read.
+    """
+
+    cameras: tuple[str, ...]
+    image_size: int
+    tile: int
+    channels: int = 128
+    kept: int = 16
+    state_width: int = 0
+    dim: int = 256
+    num_layers: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.cameras or self.tile < 1 or self.image_size % self.tile:
+            raise ConfigError("a trunk of tiles needs a camera, and pictures that are whole tiles")
+
+    def build(self, text_dim: int) -> TileEncoder:
+        return TileEncoder(self, text_dim)
+
+
 class StateEncoder(nn.Module):
     """See `StateTrunk`."""
 
@@ -129,3 +159,32 @@ class PixelEncoder(nn.Module):
         seen = torch.cat([self.places(x).flatten(1), x.mean((2, 3))], 1)
         parts = [rearrange(seen, "(b c) d -> b (c d)", c=pixels.shape[1]), text]
         return self.mix(self.read(torch.cat([*parts, *([] if state is None else [state])], 1)))
+
+
+class TileEncoder(nn.Module):
+    """See `TileTrunk`."""
+
+    def __init__(self, config: TileTrunk, text_dim: int) -> None:
+        super().__init__()
+        c, self.config = config, config
+        self.tiles = nn.Sequential(
+            nn.Conv2d(3, c.channels, c.tile, c.tile), nn.ReLU(), nn.Conv2d(c.channels, c.channels, 1)
+        )
+        self.keep = nn.Conv2d(c.channels, c.kept, 1)
+        self.query = nn.Linear(text_dim, c.kept * c.channels)
+        seen = 2 * len(c.cameras) * c.kept * (c.image_size // c.tile) ** 2
+        self.read = nn.Linear(seen + c.state_width + text_dim, c.dim)
+        self.mix = ResidualMLP(c.dim, c.num_layers)
+
+    def forward(
+        self,
+        pixels: Float[Tensor, "batch cameras 3 height width"],
+        text: Float[Tensor, "batch text_dim"],
+        state: Float[Tensor, "batch state_width"] | None = None,
+    ) -> Float[Tensor, "batch dim"]:
+        tiles = torch.relu(self.tiles(pixels.flatten(0, 1)))
+        told = rearrange(self.query(text), "b (k d) -> b k d", d=tiles.shape[1]) / tiles.shape[1] ** 0.5
+        match = told.repeat_interleave(pixels.shape[1], 0) @ tiles.flatten(2)
+        kept = torch.cat([self.keep(tiles).flatten(2), match], 1)
+        seen = rearrange(torch.relu(kept), "(b c) k n -> b (c k n)", c=pixels.shape[1])
+        return self.mix(self.read(torch.cat([seen, text, *([] if state is None else [state])], 1)))

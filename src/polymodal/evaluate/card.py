@@ -29,7 +29,7 @@ import torch
 from polymodal import __version__
 from polymodal.core.errors import DataError, MediaError
 from polymodal.core.files import file_hash
-from polymodal.core.sample import Image, Sample, Text, Video
+from polymodal.core.sample import Audio, Image, Sample, Text, Video
 from polymodal.evaluate.parsers import Parser
 from polymodal.evaluate.tasks import Answers, Item, Task
 from polymodal.evaluate.text_metrics import Estimate, estimate
@@ -325,22 +325,24 @@ def _checked(given: Any, wanted: int) -> Sequence[str]:
 # ---- pictures and clips ----
 
 
-def _media(sample: Sample) -> list[Image | Video]:
+def _media(sample: Sample) -> list[Image | Video | Audio]:
     return [part for part in sample.parts if not isinstance(part, Text)]
 
 
 class _Hashes:
-    """SHA-256 of pictures and clips: of the bytes of a file, of the pixels of everything else."""
+    """SHA-256 of media: of the bytes of a file, of the pixels or samples of everything else."""
 
     def __init__(self) -> None:
         self._files: dict[Path, str] = {}
 
-    def __call__(self, part: Image | Video) -> str:
+    def __call__(self, part: Image | Video | Audio) -> str:
+        if isinstance(part, Audio):
+            return f"audio {self._hash(part)} {part.start} {part.end} {part.rate}"
         if isinstance(part, Video):
             return f"video {self._hash(part)} {part.start} {part.end} {part.fps}"
         return f"image {self._hash(part)}"
 
-    def _hash(self, part: Image | Video) -> str:
+    def _hash(self, part: Image | Video | Audio) -> str:
         source = part.source
         if isinstance(source, str | Path):
             path = Path(source)
@@ -394,8 +396,8 @@ def _derangement(seen: Sequence[tuple[str, ...]], seed: int) -> dict[tuple[str, 
     return partners
 
 
-def _with_media(sample: Sample, media: Sequence[Image | Video]) -> Sample:
-    """The sample with these in place of its own pictures and clips."""
+def _with_media(sample: Sample, media: Sequence[Image | Video | Audio]) -> Sample:
+    """The sample with these in place of its own media."""
     new = iter(media)
     return Sample(tuple(part if isinstance(part, Text) else next(new) for part in sample.parts))
 

@@ -50,6 +50,41 @@ class ContrastiveHead(nn.Module):
         return Loss(total=total, weight=local, metrics={"accuracy": right, "scale": self.logit_scale.detach().exp()})
 
 
+class TwoWayHead(nn.Module):
+    """CLAP's: as CLIP's, with a scale for each direction.
+
+    Source: Wu et al. 2022, https://arxiv.org/abs/2211.06687, and the official code.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.media_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.text_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keeps both scales within 1 to 100; called after each optimiser step."""
+        for scale in (self.media_scale, self.text_scale):
+            scale.clamp_(0, math.log(100))
+
+    def logits(
+        self, media: Float[Tensor, "media dim"], texts: Float[Tensor, "texts dim"]
+    ) -> Float[Tensor, "media texts"]:
+        """Scaled cosines; their softmax over texts is the zero-shot probability."""
+        return self.media_scale.float().exp() * media @ texts.T
+
+    def loss(self, media: Float[Tensor, "batch dim"], texts: Float[Tensor, "batch dim"]) -> Loss:
+        """Each rank scores its own rows against the columns of all ranks, as in `ContrastiveHead`."""
+        local = media.shape[0]
+        labels = torch.arange(local, device=media.device) + rank() * local
+        by_media = self.logits(media, gather_with_grad(texts))
+        by_text = self.text_scale.float().exp() * texts @ gather_with_grad(media).T
+        losses = [F.cross_entropy(scores, labels, reduction="sum") for scores in (by_media, by_text)]
+        right = (by_media.detach().argmax(1) == labels).float().mean()
+        metrics = {"accuracy": right, "scale": self.media_scale.detach().exp()}
+        return Loss(total=sum(losses, media.new_zeros(())) / 2, weight=local, metrics=metrics)
+
+
 class SigmoidHead(nn.Module):
     """SigLIP's: a learned scale and bias, and a yes/no question for every pair: +1 on the diagonal, -1 elsewhere.
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Self- or cross-attention with separate projections, named as the Llama family names them."""
 
-    def __init__(self, dim: int, num_heads: int, *, bias: bool = True) -> None:
+    def __init__(self, dim: int, num_heads: int, *, bias: bool = True, key_bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q_proj = nn.Linear(dim, dim, bias=bias)
-        self.k_proj = nn.Linear(dim, dim, bias=bias)
+        self.k_proj = nn.Linear(dim, dim, bias=bias and key_bias)
         self.v_proj = nn.Linear(dim, dim, bias=bias)
         self.o_proj = nn.Linear(dim, dim)
 

@@ -51,12 +51,13 @@ class Block(nn.Module):
         activation: ActivationName | Literal["swiglu"] = "gelu",
         norm_eps: float = 1e-6,
         qkv_bias: bool = True,
+        key_bias: bool = True,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.attn_norm = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, num_heads, bias=qkv_bias)
+        self.attn = Attention(dim, num_heads, bias=qkv_bias, key_bias=key_bias)
         self.mlp_norm = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = GatedMLP(dim, hidden_dim, bias=True) if activation == "swiglu" else MLP(dim, hidden_dim, activation)
         self.attn_scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)

@@ -22,6 +22,11 @@ def lecun_normal_(layer: nn.Linear | nn.Conv2d) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def cut_normal_(weight: torch.Tensor, std: float) -> None:
+    """A normal of this deviation, cut at three of them (audiocraft)."""
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
 def siglip_mlp_(mlp: MLP) -> None:
     """big_vision's MLP: Xavier-uniform weights, biases of standard deviation 1e-6."""
     for layer in (mlp.up_proj, mlp.down_proj):

@@ -12,6 +12,11 @@ from polymodal.core.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16"]
 M = TypeVar("M", bound=nn.Module)
+_Conv = nn.Conv1d | nn.ConvTranspose1d | nn.Conv2d
+
+
+class FullPrecision(nn.Module):
+    """A part that stays in fp32 whatever is around it."""
 
 
 def fast_bf16() -> bool:
@@ -26,7 +31,8 @@ def fast_bf16() -> bool:
 
 
 def cast(model: M, precision: Precision) -> M:
-    """Casts, in place, the matrices of ``model``; scalars and tables of fewer than two axes outside layers stay fp32.
+    """Casts, in place, the matrices of ``model``; scalars, tables of fewer than two axes outside layers and parts that
+    are `FullPrecision` stay fp32.
 
     ``auto`` is bf16 where the machine is faster in it and fp32 elsewhere.
     """
@@ -34,8 +40,11 @@ def cast(model: M, precision: Precision) -> M:
         raise ConfigError(f"precision is 'auto', 'fp32' or 'bf16', not {precision!r}")
     if precision == "fp32" or (precision == "auto" and not fast_bf16()):
         return model
+    islands = {part for island in model.modules() if isinstance(island, FullPrecision) for part in island.modules()}
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.Embedding):
+        if module in islands:
+            continue
+        if isinstance(module, nn.Linear | _Conv | nn.LayerNorm | nn.Embedding):
             module.to(torch.bfloat16)
         else:
             for name, parameter in module.named_parameters(recurse=False):

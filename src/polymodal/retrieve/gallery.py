@@ -134,10 +134,14 @@ def _card(rank: int, hit: Hit, thumbnail: bytes | None, share: float, badge: str
         f'<li class="card"><div class="well">{image}<span class="rank">{rank}</span></div><div class="text">'
         f'<a class="name" href="{html.escape(path.as_uri())}" title="{html.escape(hit.path)}">{name}</a>'
         f'<div class="facts"><span><b>{hit.score:.3f}</b></span>'
-        f"<span>{hit.size[0]} &times; {hit.size[1]} · {size_text(hit.bytes)}</span></div>"
+        f"<span>{_pixels(hit)}{size_text(hit.bytes)}</span></div>"
         f'<div class="bar"><i style="width:{100 * share:.0f}%"></i></div>'
         f"{f'<p class=badge>{html.escape(badge)}</p>' if badge else ''}{like}</div></li>"
     )
+
+
+def _pixels(hit: Hit) -> str:
+    return f"{hit.size[0]} &times; {hit.size[1]} · " if hit.size[0] else ""  # sound has none
 
 
 def _data(jpeg: bytes | None) -> str:

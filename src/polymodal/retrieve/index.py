@@ -1,11 +1,11 @@
-"""The index of pictures: create, update, search."""
+"""The index of pictures or sounds: create, update, search."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,7 +48,7 @@ class Report:
 
 
 class Index(Reader):
-    """Pictures of any number of folders, searchable by words and by pictures.
+    """Pictures of any number of folders, searchable by words and by pictures; or sounds, if its model hears.
 
     >>> index = Index.create("my-index", model)
     >>> index.update(model, ["~/Pictures"])
@@ -175,7 +175,7 @@ class _Update:
                 self.failed.append((root, "the folder is empty; its pictures stay (use --rebuild if they are gone)"))
                 kept.append(root)
         unchanged = 0
-        for item in (item for root in present for item in walk(root, str(self.index.path))):
+        for item in (item for root in present for item in self._walk(root)):
             if isinstance(item, Unreadable):
                 self.failed.append((item.path, item.reason))
                 if not item.gone:
@@ -205,6 +205,9 @@ class _Update:
             failed=self.failed,
             seconds=time.monotonic() - self.started,
         )
+
+    def _walk(self, root: str) -> Iterator[Found | Unreadable]:
+        return walk(root, str(self.index.path), self.model.suffixes)
 
     def _load_known(self, roots: Sequence[str]) -> dict[str, str]:
         """Fills what is stored under the roots, read as columns; gives the reasons of the failures."""

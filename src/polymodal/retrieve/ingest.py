@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from PIL import Image as PILImage
 
 from polymodal.core.batch import Batch
 from polymodal.core.errors import MediaError
-from polymodal.core.sample import Image, Sample
+from polymodal.core.files import file_hash
+from polymodal.core.sample import AUDIO_SUFFIXES, Audio, Image, Sample
 from polymodal.core.verbs import Embeds
 from polymodal.modalities.image import decode, open_picture, read_picture, thumbnail
+from polymodal.modalities.waveform import waveform
 from polymodal.retrieve.walk import Found
 
 BATCH = 64
@@ -36,7 +39,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A file and its row of the table of pictures."""
+    """A file and its row of the table of pictures (or of sounds, which are 0 pixels wide)."""
 
     file: Found
     row: dict[str, Any]
@@ -90,28 +93,57 @@ def _failures(batch: list[_Read | Failed]) -> Iterator[Failed]:
 
 
 def _read(model: Embeds, file: Found) -> _Read | Failed:
+    read = _sound if is_sound(file.path) else _picture
     try:
-        data = read_picture(file.path, where=file.path)
-        opened = open_picture(Image(data, name=file.path))
-        picture = decode(Image(opened, name=file.path))
-        # `opened` keeps its pixels: nothing is decoded twice, and the model treats transparency in its own way.
-        inputs = model.prepare([Sample((Image(opened, name=file.path),))])
-        row = {
-            "path": file.path,
-            "hash": hashlib.sha256(data).hexdigest(),
-            "bytes": file.size,
-            "mtime_ns": file.mtime_ns,
-            "modified": file_time(file.mtime_ns),
-            "time": _taken(opened),
-            "width": picture.width,
-            "height": picture.height,
-            "thumbnail": jpeg(thumbnail(picture, THUMBNAIL)),
-        }
+        inputs, facts = read(model, file.path)
     except MediaError as error:
         return Failed(file, str(error).removeprefix(f"{file.path}: "))
     except MemoryError:
         return Failed(file, "not enough memory")
+    row = {
+        "path": file.path,
+        "bytes": file.size,
+        "mtime_ns": file.mtime_ns,
+        "modified": file_time(file.mtime_ns),
+        **facts,
+    }
     return _Read(file, row, inputs)
+
+
+def _picture(model: Embeds, path: str) -> tuple[Batch, dict[str, Any]]:
+    data = read_picture(path, where=path)
+    opened = open_picture(Image(data, name=path))
+    picture = decode(Image(opened, name=path))
+    facts = {
+        "hash": hashlib.sha256(data).hexdigest(),
+        "time": _taken(opened),
+        "width": picture.width,
+        "height": picture.height,
+        "thumbnail": jpeg(thumbnail(picture, THUMBNAIL)),
+    }
+    # `opened` keeps its pixels: nothing is decoded twice, and the model treats transparency in its own way.
+    return model.prepare([Sample((Image(opened, name=path),))]), facts
+
+
+def _sound(model: Embeds, path: str) -> tuple[Batch, dict[str, Any]]:
+    inputs = model.prepare([Sample((Audio(path),))])
+    return inputs, {"hash": file_hash(path), "time": None, "width": 0, "height": 0, "thumbnail": thumbnail_of(path)}
+
+
+def is_sound(path: str | Path) -> bool:
+    """Whether a file's name says that it is sound."""
+    return Path(path).suffix.lower() in AUDIO_SUFFIXES
+
+
+def thumbnail_of(path: str | Path) -> bytes:
+    """A picture, or a sound as a drawn waveform, small, as the bytes of a JPEG.
+
+    Raises:
+        MediaError: it cannot be decoded.
+    """
+    if is_sound(path):
+        return jpeg(waveform(Audio(path), THUMBNAIL, THUMBNAIL // 2))
+    return jpeg(thumbnail(decode(Image(path)), THUMBNAIL))
 
 
 def _taken(picture: PILImage.Image) -> dt.datetime | None:

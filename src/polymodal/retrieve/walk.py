@@ -1,11 +1,11 @@
-"""Finding the pictures under a folder, whatever the folder holds."""
+"""Finding the pictures or the sounds under a folder, whatever the folder holds."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from polymodal.core.sample import IMAGE_SUFFIXES
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A picture file as the folder shows it; nothing of it was read."""
+    """A file as the folder shows it; nothing of it was read."""
 
     path: str  # absolute
     size: int  # bytes
@@ -30,8 +30,8 @@ class Unreadable:
     gone: bool = False
 
 
-def walk(root: str, skip: str = "") -> Iterator[Found | Unreadable]:
-    """The pictures under ``root``, recursively.
+def walk(root: str, skip: str = "", suffixes: Collection[str] = IMAGE_SUFFIXES) -> Iterator[Found | Unreadable]:
+    """The files under ``root``, recursively, that end in one of ``suffixes``, in whatever letters.
 
     Hidden files and folders and the folder ``skip`` are left out. Links to folders are followed after the real folders,
     and each real folder is visited once, so a loop of links ends. Pipes, devices and sockets are never opened.
@@ -59,16 +59,16 @@ def walk(root: str, skip: str = "") -> Iterator[Found | Unreadable]:
         for entry in listed:
             if entry.name.startswith("."):
                 continue
-            picture = os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
+            wanted = os.path.splitext(entry.name)[1].lower() in suffixes
             try:
                 if entry.is_dir():
                     (links if entry.is_symlink() else folders).append(entry.path)
-                elif picture:
+                elif wanted:
                     yield _look(entry)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ELOOP):
                     yield Unreadable(entry.path, f"cannot be looked at: {error.strerror}")
-                elif picture and entry.is_symlink():
+                elif wanted and entry.is_symlink():
                     yield Unreadable(entry.path, "a link to nothing", gone=True)
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from polymodal.core.batch import Batch
@@ -64,10 +64,34 @@ class Guide(Protocol):
 
 
 @runtime_checkable
+class ScoredGuide(Protocol):
+    """A `Guide` that looks at the scores, too."""
+
+    def allowed_by(self, scores: Float[Tensor, " vocab"]) -> Bool[Tensor, " vocab"]:
+        """The tokens that may come next, given their scores."""
+        ...
+
+    def take(self, token: int) -> None: ...
+
+    @property
+    def ended(self) -> bool: ...
+
+    def copy(self) -> ScoredGuide: ...
+
+
+@runtime_checkable
 class Constraint(Protocol):
     """A language that answers must belong to."""
 
-    def start(self) -> Guide: ...
+    def start(self) -> Guide | ScoredGuide: ...
+
+
+@runtime_checkable
+@runtime_checkable
+class Steps(Protocol):
+    """What the loop needs of a model once its prompts are read."""
+
+    def step(self, ids: Int[Tensor, " rows"], memory: Any) -> Float[Tensor, "rows vocab"]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +181,7 @@ class Step:
         token: None when the answer was cancelled.
         text: what became certain: it cannot be part of a stop string nor of an unfinished character any more.
         logprob: of the token by the model (with guidance), before any rule.
+        ruled: the same among the tokens that the rules left, before temperature.
         top: the best tokens by the same measure, with theirs.
         finished: why the answer ends here; None if it goes on.
     """
@@ -166,6 +191,7 @@ class Step:
     token: int | None
     text: str = ""
     logprob: float = 0.0
+    ruled: float = 0.0
     top: tuple[tuple[int, float], ...] = ()
     finished: Reason | None = None
 
@@ -193,7 +219,11 @@ class Completion:
 
 
 def ruled(
-    scores: Float[Tensor, " vocab"], settings: Settings, ids: Sequence[int], prompt: int, guide: Guide | None
+    scores: Float[Tensor, " vocab"],
+    settings: Settings,
+    ids: Sequence[int],
+    prompt: int,
+    guide: Guide | ScoredGuide | None,
 ) -> Float[Tensor, " vocab"]:
     """Scores after penalties, bans and the constraint.
 
@@ -217,7 +247,8 @@ def ruled(
     if s.no_repeat_ngram and (banned := repeated(ids, s.no_repeat_ngram)):
         scores = scores.index_fill(0, torch.tensor(banned, device=scores.device), -torch.inf)
     if guide is not None:
-        scores = scores.masked_fill(~guide.allowed().to(scores.device), -torch.inf)
+        allowed = guide.allowed_by(scores) if isinstance(guide, ScoredGuide) else guide.allowed()
+        scores = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
     return scores
 
 
@@ -347,7 +378,7 @@ class Sampling(Search):
         self._writers = [Writer(tokenizer.stream(), settings.stop) for _ in range(count)]
         self._generators = [generator(settings, choice) for choice in range(count)]
         c = settings.constraint
-        self._guides: list[Guide | None] = [None if c is None else c.start() for _ in range(count)]
+        self._guides: list[Guide | ScoredGuide | None] = [None if c is None else c.start() for _ in range(count)]
         self.following = []
 
     def advance(self, scores: Float[Tensor, "sequences vocab"], room: bool) -> list[Step]:
@@ -371,6 +402,7 @@ class Sampling(Search):
         else:
             token = draw(filtered(allowed, s), self._generators[choice])
         log_probs = scores.log_softmax(0)
+        left = log_probs if allowed is scores else allowed.log_softmax(0)
         ids.append(token)
         finished: Reason | None = None
         if token in self._stop_ids:
@@ -388,7 +420,8 @@ class Sampling(Search):
                 text += rest
         return Step(
             row=self.row, choice=choice, token=token, text=text, logprob=float(log_probs[token]),
-            top=_best(log_probs, s.logprobs) if s.logprobs else (), finished="string" if stopped else finished,
+            ruled=float(left[token]), top=_best(log_probs, s.logprobs) if s.logprobs else (),
+            finished="string" if stopped else finished,
         )  # fmt: skip
 
     def cancel(self) -> list[Step]:
@@ -400,7 +433,7 @@ class Sampling(Search):
 class _Beam:
     score: float
     steps: tuple[Step, ...]
-    guide: Guide | None
+    guide: Guide | ScoredGuide | None
     finished: Reason | None = None
 
 
@@ -424,9 +457,8 @@ class BeamSearch(Search):
     def advance(self, scores: Float[Tensor, "sequences vocab"], room: bool) -> list[Step]:
         s, vocab = self._settings, scores.shape[1]
         raw = scores.float().log_softmax(1)
-        total = torch.stack(
-            [self._ruled(beam, row) + beam.score for beam, row in zip(self._beams, raw, strict=True)]
-        ).flatten()
+        allowed = torch.stack([self._ruled(beam, row) for beam, row in zip(self._beams, raw, strict=True)])
+        total = (allowed + torch.tensor([[beam.score] for beam in self._beams], device=raw.device)).flatten()
         count = max(2, 1 + len(self._stop_ids)) * s.beams  # enough that ``beams`` of them go on
         best, places = _checked(total, self.row).topk(min(count, len(total)))
         length = len(self._beams[0].steps) + 1
@@ -436,7 +468,7 @@ class BeamSearch(Search):
             if score == float("-inf"):
                 break
             parent, token = divmod(place, vocab)
-            beam = self._extended(self._beams[parent], token, raw[parent], score, room)
+            beam = self._extended(self._beams[parent], token, raw[parent], allowed[parent], score, room)
             if beam.finished is None:
                 running.append((parent, beam))
             elif rank < s.beams:
@@ -455,11 +487,12 @@ class BeamSearch(Search):
         ids = [*self._prompt, *(step.token for step in beam.steps if step.token is not None)]
         return ruled(log_probs, self._settings, ids, len(self._prompt), beam.guide)
 
-    def _extended(self, beam: _Beam, token: int, log_probs: Tensor, score: float, room: bool) -> _Beam:
+    def _extended(self, beam: _Beam, token: int, log_probs: Tensor, allowed: Tensor, score: float, room: bool) -> _Beam:
         s, guide = self._settings, beam.guide
         finished: Reason | None = None if room else "length"
         top = _best(log_probs, s.logprobs) if s.logprobs else ()
-        step = Step(row=self.row, choice=0, token=token, logprob=float(log_probs[token]), top=top)
+        ruled = float(allowed[token] - allowed.logsumexp(0))
+        step = Step(row=self.row, choice=0, token=token, logprob=float(log_probs[token]), ruled=ruled, top=top)
         steps = (*beam.steps, step)
         if token in self._stop_ids:
             finished = "stop"
@@ -489,7 +522,8 @@ class BeamSearch(Search):
                 out.append(
                     Step(
                         row=self.row, choice=choice, token=step.token, text=text + (rest[0] if last else ""),
-                        logprob=step.logprob, top=step.top, finished=beam.finished if last else None,
+                        logprob=step.logprob, ruled=step.ruled, top=step.top,
+                        finished=beam.finished if last else None,
                     )
                 )  # fmt: skip
         return out
@@ -544,7 +578,7 @@ def prompts(batch: Batch) -> list[list[int]]:
 
 @torch.no_grad()
 def advance(
-    model: Generates, memory: Memory, searches: list[tuple[Search, int]], scores: Tensor
+    model: Steps, memory: Memory, searches: list[tuple[Search, int]], scores: Tensor
 ) -> tuple[list[tuple[Search, int]], Tensor]:
     """Reads the next token of all sequences of these searches; gives those that go on, and their next scores.
 

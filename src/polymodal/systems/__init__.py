@@ -152,6 +152,11 @@ TABLE = Registry(
             url="https://arxiv.org/abs/2304.13705", modalities=("image", "text", "state", "action"),
         ),
         Entry(
+            name="screen", module="polymodal.systems.screen", cls="ScreenPolicy", model_types=("polymodal_screen",),
+            paper="World of Bits: An Open-Domain Platform for Web-Based Agents", year=2017,
+            url="https://proceedings.mlr.press/v70/shi17a.html", modalities=("image", "text", "state", "action"),
+        ),
+        Entry(
             name="rt1", module="polymodal.systems.rt1", cls="RT1", model_types=("polymodal_rt1",),
             paper="RT-1: Robotics Transformer for Real-World Control at Scale", year=2022,
             url="https://arxiv.org/abs/2212.06817", modalities=("image", "text", "action"),
@@ -176,6 +181,46 @@ TABLE = Registry(
             name="octo", module="polymodal.systems.octo", cls="Octo", model_types=("polymodal_octo",),
             paper="Octo: An Open-Source Generalist Robot Policy", year=2024, url="https://arxiv.org/abs/2405.12213",
             modalities=("image", "text", "action"),
+        ),
+        Entry(
+            name="encodec", module="polymodal.systems.encodec", cls="EnCodec", model_types=("encodec",),
+            paper="High Fidelity Neural Audio Compression", year=2022, url="https://arxiv.org/abs/2210.13438",
+            modalities=("audio",),
+        ),
+        Entry(
+            name="dac", module="polymodal.systems.dac", cls="DAC", model_types=("dac",),
+            paper="High-Fidelity Audio Compression with Improved RVQGAN", year=2023,
+            url="https://arxiv.org/abs/2306.06546", modalities=("audio",),
+        ),
+        Entry(
+            name="whisper", module="polymodal.systems.whisper", cls="Whisper", model_types=("whisper",),
+            paper="Robust Speech Recognition via Large-Scale Weak Supervision", year=2022,
+            url="https://arxiv.org/abs/2212.04356", modalities=("audio", "text"),
+        ),
+        Entry(
+            name="musicgen", module="polymodal.systems.musicgen", cls="MusicGen", model_types=("musicgen",),
+            paper="Simple and Controllable Music Generation", year=2023, url="https://arxiv.org/abs/2306.05284",
+            modalities=("text", "audio"),
+        ),
+        Entry(
+            name="wav2vec2", module="polymodal.systems.wav2vec2", cls="Wav2Vec2", model_types=("wav2vec2",),
+            paper="wav2vec 2.0: A Framework for Self-Supervised Learning of Speech Representations", year=2020,
+            url="https://arxiv.org/abs/2006.11477", modalities=("audio", "text"),
+        ),
+        Entry(
+            name="qwen2_audio", module="polymodal.systems.qwen2_audio", cls="Qwen2Audio", model_types=("qwen2_audio",),
+            paper="Qwen2-Audio Technical Report", year=2024, url="https://arxiv.org/abs/2407.10759",
+            modalities=("audio", "text"),
+        ),
+        Entry(
+            name="clap", module="polymodal.systems.clap", cls="CLAP", model_types=("clap",),
+            paper="Large-scale Contrastive Language-Audio Pretraining with Feature Fusion", year=2022,
+            url="https://arxiv.org/abs/2211.06687", modalities=("audio", "text"),
+        ),
+        Entry(
+            name="valle", module="polymodal.systems.valle", cls="VALLE", model_types=("polymodal_valle",), year=2023,
+            paper="Neural Codec Language Models are Zero-Shot Text to Speech Synthesizers",
+            url="https://arxiv.org/abs/2301.02111", modalities=("text", "audio"),
         ),
     ),
 )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from polymodal.core.batch import Batch, Loss
 from polymodal.core.errors import MediaError, UnsupportedError
 from polymodal.core.files import read_json, write_json
-from polymodal.core.sample import Sample, samples
+from polymodal.core.sample import IMAGE_SUFFIXES, Sample, samples
 from polymodal.core.verbs import TensorSpec
 from polymodal.heads.contrastive import ContrastiveHead, SigmoidHead
 from polymodal.modalities.image import ImageProcessor, Processor, load_processor
@@ -213,6 +213,8 @@ class System(nn.Module):
 class Embedder(System):
     """Base of the systems that give one vector a sample: the `Embeds` protocol."""
 
+    suffixes: ClassVar[frozenset[str]] = IMAGE_SUFFIXES
+
     @property
     def embedding_dim(self) -> int:
         raise UnsupportedError(f"{type(self).__name__} gives no vectors")
@@ -224,6 +226,9 @@ class Embedder(System):
             )
         return Batch(pixels=self.images([s.images[0] for s in items]))
 
+    def prepare_audio(self, items: Sequence[Sample]) -> Batch:
+        raise UnsupportedError(f"{type(self).__name__} ({self.source}) hears no sound; take a CLAP")
+
     def prepare_texts(self, items: Sequence[Sample]) -> Batch:
         if self.tokenizer is None:
             raise UnsupportedError(
@@ -234,7 +239,7 @@ class Embedder(System):
         return Batch(ids=ids)
 
     def prepare(self, items: Sequence[Sample]) -> Batch:
-        """Decodes and pre-processes samples that are all one picture, or all one text, each.
+        """Decodes and pre-processes samples that are all one picture, all one sound, or all one text, each.
 
         Raises:
             MediaError: a sample is mixed, holds several parts, or cannot be decoded.
@@ -242,13 +247,15 @@ class Embedder(System):
         for item in items:
             if len(item.parts) != 1:
                 raise MediaError(
-                    f"{type(self).__name__} gives one vector to one picture or one text; this sample has "
+                    f"{type(self).__name__} gives one vector to one picture, sound or text; this sample has "
                     f"{len(item.parts)} parts"
                 )
         kinds = {type(item.parts[0]) for item in items}
         assert len(kinds) == 1, "prepare takes samples of one kind"
         if items[0].videos:
             raise UnsupportedError(f"{type(self).__name__} reads no clips: embed their frames (modalities.video.read)")
+        if items[0].audios:
+            return self.prepare_audio(items)
         return self.prepare_images(items) if items[0].images else self.prepare_texts(items)
 
     def encode(self, batch: Batch) -> Float[Tensor, "samples dim"]:
@@ -259,13 +266,11 @@ class Embedder(System):
     def embed(
         self, items: Any, *, batch_size: int = 64, progress: Callable[[int], None] | None = None
     ) -> Float[Tensor, "samples dim"]:
-        """One unit vector an item; pictures and texts may be mixed, order is kept. ``progress`` gets counts done."""
+        """One unit vector an item; media and texts may be mixed, order is kept. ``progress`` gets counts done."""
         todo = samples(items)
         out = torch.empty(len(todo), self.embedding_dim)
-        groups = [
-            [i for i, s in enumerate(todo) if bool(s.images)],
-            [i for i, s in enumerate(todo) if not s.images],
-        ]
+        kinds = [type(s.parts[0]) for s in todo]
+        groups = [[i for i, kind in enumerate(kinds) if kind is each] for each in dict.fromkeys(kinds)]
         was_training = self.training
         if was_training:
             self.eval()

@@ -32,11 +32,11 @@ from polymodal.core.errors import ConfigError, UnsupportedError
 from polymodal.core.observation import Observation
 from polymodal.core.verbs import TensorSpec
 from polymodal.encoders.text import TextConfig, TextTower
-from polymodal.encoders.trunk import PixelEncoder, PixelTrunk, StateEncoder, StateTrunk
+from polymodal.encoders.trunk import PixelEncoder, PixelTrunk, StateEncoder, StateTrunk, TileTrunk
 from polymodal.heads.denoiser import ChunkDenoiser
 from polymodal.modalities.image import HALF, Exact, ImageProcessor
 from polymodal.systems.acting import Policy
-from polymodal.systems.chunk_heads import L1, Bins, Diffusion, Flow, FlowActions, TokenActions, Tokens
+from polymodal.systems.chunk_heads import L1, Bins, Choice, Diffusion, Flow, FlowActions, TokenActions, Tokens
 from polymodal.tokenizers.fast import FAST
 from polymodal.tokenizers.words import PAD, UNKNOWN, Words
 from polymodal.weights.native import native_format
@@ -56,8 +56,8 @@ class BehaviourConfig:
         context: the longest instruction in words.
     """
 
-    trunk: StateTrunk | PixelTrunk
-    head: L1 | Bins | Tokens | Flow | Diffusion = field(default_factory=L1)
+    trunk: StateTrunk | PixelTrunk | TileTrunk
+    head: L1 | Bins | Choice | Tokens | Flow | Diffusion = field(default_factory=L1)
     words: tuple[str, ...]
     horizon: int
     action_width: int
@@ -81,7 +81,7 @@ class BehaviourCloning(Policy):
         super().__init__(config)
         c = config
         self.horizon, self.action_width, self.state_width = c.horizon, c.action_width, c.trunk.state_width
-        self.cameras = c.trunk.cameras if isinstance(c.trunk, PixelTrunk) else ()
+        self.cameras = () if isinstance(c.trunk, StateTrunk) else c.trunk.cameras
         self.words = Words(words=c.words, context=c.context)
         self.text = TextTower(
             TextConfig(
@@ -115,13 +115,13 @@ class BehaviourCloning(Policy):
             spec["actions_dims"] = TensorSpec(shape=(c.action_width,), dtype=torch.bool)
         if c.trunk.state_width:
             spec["state"] = TensorSpec(shape=(c.trunk.state_width,))
-        if isinstance(c.trunk, PixelTrunk):
+        if not isinstance(c.trunk, StateTrunk):
             spec["pixels"] = TensorSpec(shape=(len(c.trunk.cameras), 3, c.trunk.image_size, c.trunk.image_size))
         return spec
 
     def default_images(self) -> ImageProcessor | None:
         trunk = self.config.trunk
-        if not isinstance(trunk, PixelTrunk):
+        if isinstance(trunk, StateTrunk):
             return None
         side = Exact(height=trunk.image_size, width=trunk.image_size)
         return ImageProcessor(resize=side, resample="bilinear", mean=HALF, std=HALF)

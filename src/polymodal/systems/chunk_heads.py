@@ -11,6 +11,7 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from polymodal.backbones.decoder import AttentionConfig, Decoder, DecoderConfig,
 from polymodal.core.batch import IGNORE, Batch, Loss
 from polymodal.core.tokens import Modality
 from polymodal.core.tokens import Tokens as Sequence
-from polymodal.heads.action import BinsHead, L1Head
+from polymodal.heads.action import BinsHead, L1Head, masked
 from polymodal.heads.denoiser import ChunkDenoiser
 from polymodal.heads.diffusion import diffusion_loss
 from polymodal.heads.flow import Beta, LogitNormal, Uniform, flow_loss
@@ -71,6 +72,39 @@ class BinsActions(BinsHead):
 
     def predict(self, condition: Condition, generator: torch.Generator | None = None) -> Actions:
         return self.likeliest(condition)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which of an action's numbers is the largest, for robots that do that one thing (BabyAI).
+
+    Attributes:
+        temperature: of the draw; at 1 each is done as often as it was shown.
+    """
+
+    temperature: float = 1.0
+
+    def build(self, dim: int, horizon: int, width: int) -> ChoiceActions:
+        return ChoiceActions(self, dim, horizon, width)
+
+
+class ChoiceActions(L1Head):
+    """See `Choice`."""
+
+    def __init__(self, config: Choice, dim: int, horizon: int, width: int) -> None:
+        super().__init__(dim, horizon, width)
+        self.config = config
+
+    def loss(self, x: Condition, actions: Actions, mask: Bool[Tensor, "batch ..."] | None = None) -> Loss:
+        """Cross-entropy of the choice of each step that ``mask`` keeps in part: what a robot cannot do is learned."""
+        error = F.cross_entropy(self(x).float().flatten(0, 1), actions.argmax(-1).flatten(), reduction="none")
+        return masked(error.view(actions.shape[:2]), None if mask is None else mask.expand(actions.shape).any(-1))
+
+    def predict(self, condition: Condition, generator: torch.Generator | None = None) -> Actions:
+        scores = self(condition).float() / self.config.temperature
+        device = scores.device if generator is None else generator.device
+        drawn = torch.multinomial(scores.softmax(-1).flatten(0, 1).to(device), 1, generator=generator)
+        return 2.0 * F.one_hot(drawn.view(scores.shape[:2]), scores.shape[-1]).to(scores) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,4 +286,4 @@ class _Wordless:
         return ""
 
 
-Head: TypeAlias = L1 | Bins | Tokens | Flow | Diffusion
+Head: TypeAlias = L1 | Bins | Choice | Tokens | Flow | Diffusion

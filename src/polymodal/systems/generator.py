@@ -18,7 +18,7 @@ from polymodal.core.batch import Batch, Loss, padded, text_batch
 from polymodal.core.chat import Chat
 from polymodal.core.distributed import is_distributed
 from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
-from polymodal.core.sample import Image, Sample, Text, Video
+from polymodal.core.sample import Audio, Image, Sample, Text, Video
 from polymodal.core.tokens import Modality, Tokens
 from polymodal.heads.lm import IGNORE, next_token_log_probs, next_token_loss
 from polymodal.modalities.image import ImageProcessor, decode_still
@@ -36,7 +36,7 @@ class Generator(System):
 
     A batch has ``ids``, ``valid`` where rows are padded at the end, ``labels`` for training, and what `see` makes of
     media. A subclass with media gives `see` and `features`; the places of pictures in the ids hold `media_id`, those of
-    clips `clip_id`.
+    clips `clip_id`, those of sounds `sound_id`.
     """
 
     backbone: Decoder
@@ -45,6 +45,7 @@ class Generator(System):
     stop_ids: tuple[int, ...] = ()
     media_id: int | None = None
     clip_id: int | None = None  # of a system that reads clips
+    sound_id: int | None = None  # of a system that hears
     has_template: bool = True  # prompts are written by the checkpoint's chat template
     notation: ClassVar[Notation | None] = None  # of boxes and points in its answers
     feature_cache: FeatureCache | None = None  # set it, and the same media go through their tower once
@@ -75,7 +76,8 @@ class Generator(System):
         """For each picture the ids that stand for it in a prompt; and the tensors of all, ragged over ``rows``.
 
         The one count of tokens: `features` makes as many vectors as there are `places` among these ids. A system with a
-        `clip_id` also takes `Video`s among the pictures; their frames, which may not fit in memory, it decodes itself.
+        `clip_id` also takes `Video`s among the pictures, one with a `sound_id` takes `Audio`s; what may not fit in
+        memory it decodes itself.
         """
         raise UnsupportedError(f"{type(self).__name__} reads no pictures")
 
@@ -103,7 +105,7 @@ class Generator(System):
 
     @property
     def _media_ids(self) -> list[int]:
-        return [i for i in (self.media_id, self.clip_id) if i is not None]
+        return [i for i in (self.media_id, self.clip_id, self.sound_id) if i is not None]
 
     def read(self, batch: Batch) -> Tokens:
         """The tokens of a batch, embedded, with the features of media in their places."""
@@ -123,7 +125,7 @@ class Generator(System):
         Where several processes train together, each has to give every parameter a gradient (DDP) and to gather every
         block (FSDP), whatever is in its rows.
         """
-        return self.training and torch.is_grad_enabled() and self.media_id is not None and is_distributed()
+        return self.training and torch.is_grad_enabled() and bool(self._media_ids) and is_distributed()
 
     def blank(self) -> Batch:
         """The tensors of one black picture, which belongs to the first row."""
@@ -289,8 +291,10 @@ class Generator(System):
         """A picture, decoded as the system's image processor wants what is transparent to be treated."""
         return decode_still(image, alpha="white" if self.images is None else self.images.alpha)
 
-    def _see(self, parts: Sequence[Image | Video]) -> tuple[list[list[int]], Batch]:
+    def _see(self, parts: Sequence[Image | Video | Audio]) -> tuple[list[list[int]], Batch]:
         for part in parts:
+            if isinstance(part, Audio) and self.sound_id is None:
+                raise MediaError(f"{part.where}: {type(self).__name__} hears no sound")
             if isinstance(part, Video) and self.clip_id is None:
                 raise MediaError(f"{part.where}: {type(self).__name__} reads no clips; give it some frames as pictures")
         media: list[Any] = [self.picture(part) if isinstance(part, Image) else part for part in parts]
@@ -340,7 +344,7 @@ class Generator(System):
 
     def plain_from(self, batch: Batch) -> int:
         """From which token on a lone prompt is plain causal text: behind its last medium."""
-        if self.media_id is None:
+        if not self._media_ids:
             return 0
         places = self.places(batch["ids"][:1])[0].nonzero()
         return int(places[-1]) + 1 if len(places) else 0

@@ -208,18 +208,8 @@ class LanguageTokenizer:
             ConfigError: the vocabulary is too small.
             DataError: there is no text to learn from.
         """
-        alphabet, names = sorted(pre_tokenizers.ByteLevel.alphabet()), _control_tokens(special)
-        if vocab_size <= len(alphabet) + len(names):
-            raise ConfigError(
-                f"vocab_size {vocab_size} leaves no merges: {len(alphabet) + len(names)} are bytes and control tokens"
-            )
-        backend = _byte_level(models.BPE())
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - len(names), initial_alphabet=alphabet, special_tokens=[], show_progress=False
-        )
-        backend.train_from_iterator(map(checked_text, texts), trainer)
-        if backend.get_vocab_size() == len(alphabet):
-            raise DataError("train_bpe was given no text to learn from")
+        names = _control_tokens(special)
+        backend = learn_bpe(texts, vocab_size, room=len(names))
         return cls._chatml(backend, names)
 
     @classmethod
@@ -264,6 +254,23 @@ class LanguageTokenizer:
 
 def _control_tokens(special: Sequence[str]) -> list[str]:
     return list(dict.fromkeys((_END_OF_TEXT, _START, _END, *special)))
+
+
+def learn_bpe(texts: Iterable[str], vocab_size: int, *, room: int) -> Tokenizer:
+    """A backend of byte-level BPE that leaves ``room`` for control tokens; see `LanguageTokenizer.train_bpe`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size <= len(alphabet) + room:
+        raise ConfigError(
+            f"vocab_size {vocab_size} leaves no merges: {len(alphabet) + room} are bytes and control tokens"
+        )
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - room, initial_alphabet=alphabet, special_tokens=[], show_progress=False
+    )
+    backend.train_from_iterator(map(checked_text, texts), trainer)
+    if backend.get_vocab_size() == len(alphabet):
+        raise DataError("train_bpe was given no text to learn from")
+    return backend
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:
@@ -464,7 +471,7 @@ class Stream:
 _CLASSES = {
     "BartTokenizer", "BertTokenizer", "CodeGenTokenizer", "CodeLlamaTokenizer", "CohereTokenizer",
     "DistilBertTokenizer", "GPT2Tokenizer", "GPTNeoXTokenizer", "GemmaTokenizer", "LlamaTokenizer", "OPTTokenizer",
-    "PreTrainedTokenizer", "Qwen2Tokenizer", "RobertaTokenizer", "T5Tokenizer", "TokenizersBackend",
+    "PreTrainedTokenizer", "Qwen2Tokenizer", "RobertaTokenizer", "T5Tokenizer", "TokenizersBackend", "WhisperTokenizer",
 }  # fmt: skip
 
 

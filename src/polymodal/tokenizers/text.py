@@ -352,6 +352,7 @@ _KINDS = {
     "SiglipTokenizer": _Kind(canonical=True),
     "Siglip2Tokenizer": _Kind(clean=Lowercase(), pad_side="left"),
     "GemmaTokenizer": _Kind(pad_side="left"),
+    "RobertaTokenizer": _Kind(),
     "PreTrainedTokenizer": _Kind(),
     "TokenizersBackend": _Kind(),
 }
@@ -365,8 +366,8 @@ _IGNORED = {
     "clean_up_tokenization_spaces", "errors", "extra_ids", "extra_special_tokens", "is_local", "legacy",
     "local_files_only", "max_length", "model_input_names", "name_or_path", "pad_to_multiple_of", "pad_token_type_id",
     "padding", "processor_class", "return_tensors", "sp_model_kwargs", "spaces_between_special_tokens",
-    "special_tokens_map_file", "split_special_tokens", "stride", "tokenizer_file", "truncation", "truncation_strategy",
-    "use_default_system_prompt", "use_fast", "vocab_size",
+    "special_tokens_map_file", "split_special_tokens", "stride", "tokenizer_file", "trim_offsets", "truncation",
+    "truncation_strategy", "use_default_system_prompt", "use_fast", "vocab_size",
 }  # fmt: skip
 _MUST_BE = {"add_prefix_space": (False, None), "truncation_side": ("right", None)}
 

@@ -4,6 +4,7 @@ from polymodal.train.dpo import DPO, Preference, Preferences, read_preference
 from polymodal.train.grpo import GRPO, Prompts
 from polymodal.train.loop import Result, fit
 from polymodal.train.lora import add_lora, load_peft, merge_lora, save_peft
+from polymodal.train.rl import Practice, Scenes
 from polymodal.train.run import Bar, Constant, Cosine, Header, Linear, Run, Stage, load_run
 
 __all__ = [
@@ -14,11 +15,13 @@ __all__ = [
     "Cosine",
     "Header",
     "Linear",
+    "Practice",
     "Preference",
     "Preferences",
     "Prompts",
     "Result",
     "Run",
+    "Scenes",
     "Stage",
     "add_lora",
     "fit",

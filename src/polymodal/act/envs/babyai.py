@@ -126,7 +126,7 @@ class BabyAI(RobotEnv):
 
     def limits(self) -> Limits:
         """An action is a choice; ``done`` does nothing."""
-        return self.limits_of(("choice",) * 7, rest=(0, 0, 0, 0, 0, 0, 1))
+        return self.limits_of(("choice",) * 7, rest=(*(0.0,) * 6, 1.0))
 
     def state(self) -> np.ndarray:
         return np.eye(4, dtype=np.float32)[self._grid.agent_dir]

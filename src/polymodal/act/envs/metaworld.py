@@ -27,6 +27,8 @@ from polymodal.core.errors import ConfigError
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3  # isort: skip
 from metaworld.policies import ENV_POLICY_MAP  # isort: skip
 
+STEP: Final = 0.01  # metres that an action of 1 moves the hand
+_SWING: Final = 2 * STEP  # metres that it may be out of its box
 SETS: Final = {"mt10": tuple(MT10_V3), "mt50": tuple(ALL_V3_ENVIRONMENTS)}
 
 
@@ -92,13 +94,16 @@ class MetaWorld(RobotEnv):
 
     @property
     def _env(self) -> Any:
-        if self.task not in self._envs:
-            env = ALL_V3_ENVIRONMENTS[self.task]()
+        return self._env_of(self.task)
+
+    def _env_of(self, task: str) -> Any:
+        if task not in self._envs:
+            env = ALL_V3_ENVIRONMENTS[task]()
             env._partially_observable = False  # the goal is for the expert; `state` hides it
             env._freeze_rand_vec, env._set_task_called, env.seeded_rand_vec = False, True, True
             del env.sawyer_observation_space
-            self._envs[self.task] = env
-        return self._envs[self.task]
+            self._envs[task] = env
+        return self._envs[task]
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         self._full, reward, _, cut, info = self._env.step(self.action(action))
@@ -116,13 +121,18 @@ class MetaWorld(RobotEnv):
         return picture[::-1, ::-1].copy() if camera == "corner2" else picture
 
     def limits(self) -> Limits:
-        """The hand moves by centimetres inside the arm's own box; the gripper takes a force."""
-        low, high = (tuple(float(x) for x in end) for end in (self._env.mocap_low, self._env.mocap_high))
+        """The hand moves by centimetres inside a box, of a set that around its tasks' boxes; the gripper takes a force.
+
+        The package itself keeps the hand's target inside, and its experts lean against the box: they ask for a step
+        more than there is. What is held here is the hand, which swings over its target.
+        """
+        tasks = [self._env_of(name) for name in self.names]
+        low, high = np.min([e.mocap_low for e in tasks], 0) - _SWING, np.max([e.mocap_high for e in tasks], 0) + _SWING
         return self.limits_of(
             ("delta", "delta", "delta", "torque"),
-            scale=(0.01, 0.01, 0.01, 1.0),
+            scale=(STEP, STEP, STEP, 1.0),
             measured=(0, 1, 2, -1),
-            workspace=Zone(low=low, high=high),
+            workspace=Zone(low=tuple(low.tolist()), high=tuple(high.tolist())),
         )
 
     def state(self) -> np.ndarray:
