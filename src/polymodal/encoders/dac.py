@@ -18,6 +18,8 @@ DILATIONS = (1, 3, 9)
 
 
 class ResidualUnit(nn.Module):
+    """A dilated and a pointwise convolution, each behind a snake, added to their input."""
+
     def __init__(self, dim: int, dilation: int) -> None:
         super().__init__()
         self.snake1 = Snake(dim)

@@ -78,6 +78,8 @@ class SEANetConfig:
 
 
 class ResidualUnit(nn.Module):
+    """Two convolutions, the first dilated and narrow, added to their input (or its projection)."""
+
     def __init__(self, config: SEANetConfig, dim: int, dilation: int) -> None:
         super().__init__()
         inner = dim // config.compress
@@ -96,6 +98,7 @@ class ResidualUnit(nn.Module):
 
 
 def residual_units(config: SEANetConfig, dim: int) -> Iterator[nn.Module]:
+    """The residual units of one scale, each dilated further than the one before."""
     return (ResidualUnit(config, dim, config.dilation_growth**n) for n in range(config.num_residual_layers))
 
 

@@ -138,6 +138,7 @@ class MultiScaleSpectrum(nn.Module):
 
 
 def mean(values: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """The mean of scalars."""
     return torch.stack(list(values)).mean()
 
 
