@@ -181,11 +181,11 @@ def map_letters(letters: Sequence[tuple[str, float, float]]) -> dict[str, list[s
 
 
 def with_noise(question: str, rng: np.random.Generator, share: float) -> str:
-    """Now and then a word that does not belong there: questions come in other words than those of training."""
+    """Now and then words that do not belong there: questions come in other words than those of training."""
     if rng.random() > share:
         return question
     words = question.split()
-    for _ in range(int(rng.integers(1, 3))):
+    for _ in range(int(rng.integers(1, 5))):
         words.insert(int(rng.integers(len(words) + 1)), documents.WORDS[rng.integers(len(documents.WORDS))])
     return " ".join(words)
 
@@ -242,7 +242,7 @@ def look(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
 
 def both(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
     """What is asked about pictures, more of it in strange words, and the names of their patches."""
-    return Batch(collate(lessons, rng, noise=0.3) | {"names": names_of(lessons, rng)})
+    return Batch(collate(lessons, rng, noise=0.5) | {"names": names_of(lessons, rng)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,8 @@ from recipes.nano.asked import (
     vocabulary,
 )
 
-STEPS = (3200, 6000, 5000)
+STEPS = (3200, 6000, 2000)
+NAMING = 0.3  # what six names of a patch weigh beside an answer
 ASKED = 300  # questions of each kind
 
 
@@ -97,7 +98,7 @@ class Learner(nn.Module):
         if "names" not in batch:
             return said
         named = self.naming(tokens.x[:, :PATCHES], batch["names"])  # a picture is what every row begins with
-        total = said.total + named.total / named.weight * said.weight
+        total = said.total + NAMING * named.total / named.weight * said.weight
         return Loss(total=total, weight=said.weight, metrics={**said.metrics, **named.metrics})
 
     def naming(

@@ -225,7 +225,7 @@ def test_the_command_line(folder: Path, pictures: list[Path], tmp_path: Path) ->
     assert talked.returncode == 0, talked.stderr
     vectors = run("ask", pictures[0], "what?", "--model", "polymodal/nano-clip")
     assert vectors.returncode == 1
-    assert "writes no text" in vectors.stderr
+    assert "answers no questions" in vectors.stderr
     wrong = run("ask", tmp_path / "none.png", "what?", "--model", folder)
     assert wrong.returncode == 1
     assert "none.png" in wrong.stderr

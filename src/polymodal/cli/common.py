@@ -64,6 +64,11 @@ def load_model(name: str) -> System:
     import torch
 
     from polymodal.api import load
+    from polymodal.nn.packed import can_pack, pack
 
     model = load(name, precision="auto")
-    return model.cuda() if torch.cuda.is_available() else model
+    if torch.cuda.is_available():
+        return model.cuda()
+    if can_pack():
+        pack(model)
+    return model

@@ -1,0 +1,46 @@
+"""Packed layers: the products of plain ones, what is replaced, and what a model says with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from polymodal.core.errors import ConfigError
+from polymodal.nn.packed import PackedLinear, can_pack, pack
+from polymodal.samplers.autoregressive import Settings, complete
+from tests.toy_lm import ToyLM, tokenizer
+
+pytestmark = pytest.mark.skipif(not can_pack(), reason="this torch has no oneDNN")
+
+
+@given(rows=st.integers(0, 70), dim=st.integers(1, 40), out=st.integers(1, 40), bias=st.booleans())
+def test_a_product_of_any_size(rows: int, dim: int, out: int, bias: bool) -> None:
+    layer, x = nn.Linear(dim, out, bias=bias), torch.randn(2, rows, dim)
+    got = PackedLinear(layer.weight, layer.bias)(x)
+    torch.testing.assert_close(got, layer(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_precision_is_that_of_the_layer() -> None:
+    layer, x = nn.Linear(64, 32).bfloat16(), torch.randn(5, 64, dtype=torch.bfloat16)
+    got = PackedLinear(layer.weight, layer.bias)(x)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, layer(x).detach(), atol=1e-2, rtol=1e-2)
+
+
+def test_every_linear_layer_is_replaced_and_the_greedy_tokens_stay() -> None:
+    torch.manual_seed(0)
+    model, words, settings = ToyLM(320, dim=64), tokenizer(), Settings(max_new_tokens=12)
+    chats = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    plain = [answer.ids for answer in complete(model, model.prompt(chats), settings, words)]
+    assert pack(model) is model
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+    with torch.inference_mode():
+        assert [answer.ids for answer in complete(model, model.prompt(chats), settings, words)] == plain
+
+
+def test_a_layer_elsewhere_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"0 is on meta: packed layers run on the CPU"):
+        pack(nn.Sequential(nn.Linear(2, 2, device="meta")))
