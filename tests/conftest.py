@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 # Before torch and the Hub client are imported, and for the processes that tests start too.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
@@ -32,6 +34,16 @@ else:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--network", action="store_true", help="run the tests that need the network")
+    parser.addoption(
+        "--runs", type=Path, metavar="DIR", help="whole runs of recipes go on with what is in DIR/NAME, and stay there"
+    )
+
+
+@pytest.fixture
+def run_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Path]:
+    """Where the whole run of a recipe lives, by its name."""
+    kept: Path | None = request.config.getoption("--runs")
+    return lambda name: (kept or tmp_path) / name
 
 
 @pytest.hookimpl(trylast=True)  # after -m has taken tests away: those that it left out need no reason

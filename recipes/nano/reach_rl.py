@@ -2,7 +2,7 @@
 
 command   polymodal train recipes/nano/reach_rl.py --out runs/nano-reach-rl
 machine   1 CPU core
-time      3 minutes, of which a few seconds clone
+time      2 minutes, of which a few seconds clone
 expected  see `BARS`; in closed loop, in scenes that were never shown
 
 The reward is that what was told succeeded. The policy practises behind the guard, in other scenes than it is tried out
@@ -22,13 +22,14 @@ from polymodal.act.guard import Guard
 from polymodal.act.runner import run as run_loop
 from polymodal.core.verbs import Acts
 from polymodal.train.rl import Practice, Scenes
-from polymodal.train.run import Bar, Constant, Cosine, Header, Run, Stage
+from polymodal.train.run import Bar, Cosine, Header, Run, Stage
 from recipes.nano.stated import Pointed, Stated
 
-REACH: Final = Stated(task="reach+randomised", episodes=20, noise=0.0, horizon=4, execute=4, dim=64)
+REACH: Final = Stated(task="reach+randomised", episodes=80, noise=0.0, horizon=4, execute=4, dim=64)
+DEVIATION: Final = (0.25, 0.25, 0.25, 0.0)  # what the closed hand is told moves nothing
 PRACTISED: Final = 2**30  # the first scene of practice: those of trials are above
 TRIED: Final = 200
-# Set before the first run; the clone alone reached 0.61 of 100 episodes.
+# Set before the first run; the clone alone reached 0.575 of 200 episodes.
 BARS: Final = {"new scenes": Bar(value=0.8)}
 
 
@@ -52,10 +53,10 @@ class Attempts:
 
 
 def practice(stated: Stated) -> Practice:
-    return Practice(stated.policy(), Attempts(stated=stated), execute=stated.execute, deviation=0.2)
+    return Practice(stated.policy(), Attempts(stated=stated), execute=stated.execute, deviation=DEVIATION)
 
 
-def run(stated: Stated = REACH, *, cloned: int = 300, practised: int = 150, tried: int = TRIED) -> Run:
+def run(stated: Stated = REACH, *, cloned: int = 900, practised: int = 32, tried: int = TRIED) -> Run:
     def evaluate(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, Practice)
         return {"new scenes": stated.trial(model.policy, tried)[0].success.value}
@@ -64,7 +65,7 @@ def run(stated: Stated = REACH, *, cloned: int = 300, practised: int = 150, trie
         name="nano-reach-rl",
         header=Header(
             command="polymodal train recipes/nano/reach_rl.py --out runs/nano-reach-rl",
-            machine="1 CPU core", time="3 minutes", expected="new scenes 0.80",
+            machine="1 CPU core", time="2 minutes", expected="new scenes 0.80",
         ),
         model=lambda: practice(stated),
         stages=[
@@ -74,8 +75,9 @@ def run(stated: Stated = REACH, *, cloned: int = 300, practised: int = 150, trie
                 workers=0,
             ),
             Stage(
-                name="practise", steps=practised, batch_size=4, source=lambda: Scenes(2**20, first=PRACTISED), lr=5e-4,
-                schedule=Constant(), ema=0.95, workers=0,
+                name="practise", steps=practised, batch_size=8, source=lambda: Scenes(2**20, first=PRACTISED), lr=6e-4,
+                schedule=Cosine(warmup=min(5, practised // 10)), ema=0.9, workers=0,
+                trainable={"policy.trunk": 1, "policy.head": 1},  # the words say nothing that the state does not
             ),
         ],
         evaluate=evaluate,

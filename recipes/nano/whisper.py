@@ -71,7 +71,9 @@ def config() -> WhisperConfig:
 def whisper() -> Whisper:
     system = Whisper.build(config())
     system.tokenizer = tokenizer()
-    system.tokens = replace(speech_tokens(tokenizer()), previous=None)  # it is not taught to go on with a text
+    tokens = speech_tokens(tokenizer())
+    # It is not taught to go on with a text, nor to translate.
+    system.tokens = replace(tokens, previous=None, tasks={"transcribe": tokens.tasks["transcribe"]})
     return system
 
 

@@ -15,7 +15,7 @@ from polymodal.core.files import atomic_write, file_hash, read_json, write_json
 from polymodal.core.sample import Audio
 from polymodal.core.transcript import WRITERS, Heard, Listening
 from polymodal.core.verbs import Transcribes
-from polymodal.modalities.audio import blocks, seconds
+from polymodal.modalities.audio import blocks, check, seconds
 from polymodal.systems.base import System
 from polymodal.systems.listening import BLOCK
 
@@ -74,9 +74,10 @@ def transcribe_file(
         MediaError: as `heard_in`.
     """
     out = Path(out)
-    write = WRITERS.get(out.suffix.removeprefix("."))
+    write = WRITERS.get(out.suffix.lower().removeprefix("."))
     if write is None:
         raise ConfigError(f"{out}: no transcript ends so; known: {', '.join(f'.{name}' for name in WRITERS)}")
+    check(source)
     part = out.with_name(f".{out.name}.part")
     task = {"sound": file_hash(source), "model": model.fingerprint, "listening": asdict(listening)}
     done = _kept(part, task)
@@ -101,16 +102,18 @@ def _kept(part: Path, task: dict[str, Any]) -> list[Heard]:
         raise DataError(f"{part} is not what a transcription keeps ({error!r}): remove it to begin anew") from None
 
 
-def spooled(pipe: BinaryIO | BufferedIOBase, folder: str | Path | None = None) -> Path:
+def spooled(pipe: BinaryIO | BufferedIOBase) -> Path:
     """A pipe as a temporary file, which the caller removes: containers are read back and forth.
 
     Raises:
         DataError: nothing came.
     """
-    with tempfile.NamedTemporaryFile(prefix="polymodal-", dir=folder, delete=False) as file:
-        shutil.copyfileobj(pipe, file)
-        size = file.tell()
-    if not size:
-        Path(file.name).unlink()
-        raise DataError("the pipe gave nothing: there is no sound to hear")
+    with tempfile.NamedTemporaryFile(prefix="polymodal-", delete=False) as file:
+        try:
+            shutil.copyfileobj(pipe, file)
+            if not file.tell():
+                raise DataError("the pipe gave nothing: there is no sound to hear")
+        except BaseException:  # Ctrl-C, too: what was recorded is not left where nobody looks for it
+            Path(file.name).unlink()
+            raise
     return Path(file.name)

@@ -7,6 +7,7 @@ recording. ``docs/voice.md`` says what this protects against and what not.
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Final
@@ -17,10 +18,14 @@ from polymodal.core.sample import Audio
 from polymodal.core.sounding import Voice
 from polymodal.core.transcript import Listening
 from polymodal.evaluate.audio_metrics import word_error_rate
+from polymodal.evaluate.spoken_text import english
 from polymodal.systems.base import System
 from polymodal.transcribing import heard_in
 
 WORST: Final = 0.3  # word error rate between the phrase and what is heard: names are hard to hear
+LONGEST: Final = 6  # words of a name: a long one would be most of the phrase, and anybody's talk could stand for it
+_AGREES: Final = ("i", "agree")
+_TURNS: Final = frozenset({"no", "not", "never", "nor", "nobody", "disagree", "refuse"})  # say the opposite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +43,13 @@ def phrase(who: str) -> str:
     """What ``who`` has to say.
 
     Raises:
-        ConsentError: no name.
+        ConsentError: no name, or a very long one.
     """
     who = " ".join(who.split())
     if not who.isprintable() or not any(c.isalpha() for c in who):
         raise ConsentError(f"{who!r} is no name: say who agrees")
+    if len(english(who).split()) > LONGEST or len(who) > 20 * LONGEST:
+        raise ConsentError(f"{who[:40]!r}... is too long: a name has at most {LONGEST} words")
     return f"My name is {who}. I agree that a computer learns to speak with my voice."
 
 
@@ -111,4 +118,8 @@ def consenting_voice(recording: str | Path) -> Voice:
 
 
 def _fits(heard: str, said: str) -> bool:
+    """Whether most words are those of the phrase, "I agree" among them, and none says the opposite."""
+    words = english(heard).split()
+    if _AGREES not in itertools.pairwise(words) or _TURNS & set(words) - set(english(said).split()):
+        return False
     return word_error_rate([heard], [said]).value <= WORST

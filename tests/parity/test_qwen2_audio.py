@@ -139,7 +139,7 @@ def test_mels(both: tuple[Qwen2Audio, Any]) -> None:
 
 def test_sounds_that_cannot_be_heard(both: tuple[Qwen2Audio, Any]) -> None:
     model, _ = both
-    with pytest.raises(MediaError, match=r"16001 samples: 1\.0 s; this model hears 1 s"):
+    with pytest.raises(MediaError, match="16001 samples: this model hears 1 s"):
         model.see([sound(16_001)])
     with pytest.raises(MediaError, match="too short"):
         model.see([sound(320)])

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
 from polymodal.core.batch import Batch
+from polymodal.core.errors import ConfigError
 from polymodal.core.transcript import Heard, Listening
 from polymodal.samplers.alignment import median, warp
 from polymodal.samplers.speech import Decoding, hear_all, language_of
@@ -81,7 +82,11 @@ def test_files_both_ways(tmp_path: Path) -> None:
     assert model.tokens is not None
     kept = again.generation_config.to_dict()
     assert {name: kept[name] for name in GENERATION} == GENERATION
-    assert read_generation(write_generation(model.tokens, model.heads, CONTEXT)) == (model.tokens, model.heads)
+    written, backbone = write_generation(model.tokens, model.heads, CONTEXT), model.config.backbone
+    assert read_generation(written, backbone) == (model.tokens, model.heads)
+    for field, value in (("suppress_tokens", [10**6]), ("alignment_heads", [[99, 0]]), ("alignment_heads", [[0, 99]])):
+        with pytest.raises(ConfigError, match=r"not in a vocabulary|beyond"):
+            read_generation(written | {field: value}, backbone)
     assert again.config.to_dict()["max_source_positions"] == POSITIONS
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("mujoco")
 
@@ -71,9 +72,12 @@ def test_the_shipped_policy_does_what_it_is_told() -> None:
         for name, recipe in (("reach", reach), ("pick_place", pick_place))
     ],
 )
-def test_a_whole_run_reaches_its_numbers(run: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_whole_run_reaches_its_numbers(run: Callable[..., Run], run_folder: Callable[[str], Path]) -> None:
     whole = run()
-    result = fit(whole, tmp_path)
+    result = fit(whole, run_folder(whole.name))
     assert result.finished
-    missed = [f"{m}: {result.metrics[m]:.3f} < {whole.expect[m].value}" for m, ok in result.reached.items() if not ok]
+    assert whole.evaluate is not None
+    with torch.no_grad():  # again, with today's code, of a run that was kept
+        metrics = whole.evaluate(result.model)
+    missed = [f"{m}: {metrics[m]:.3f} < {bar.value}" for m, bar in whole.expect.items() if metrics[m] < bar.value]
     assert not missed, missed

@@ -13,6 +13,7 @@ import torch
 import polymodal
 from polymodal.core.batch import Batch
 from polymodal.core.errors import ConfigError, MediaError
+from polymodal.core.files import write_json
 from polymodal.core.sample import Audio, Sample
 from polymodal.core.verbs import Codes, Counts
 from polymodal.encoders.seanet import SEANetConfig
@@ -30,6 +31,13 @@ CODECS = [
     pytest.param(name, marks=pytest.mark.proves(name, "codes: count at odd lengths, shapes, the lower bit rates"))
     for name in ("encodec", "dac")
 ]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("encodec", "EncodecFeatureExtractor"), ("dac", "DacFeatureExtractor")])
+def test_folders_of_the_hub_hold_a_preprocessor_of_sound(name: str, kind: str, tmp_path: Path) -> None:
+    nano(name).save(tmp_path)
+    write_json(tmp_path / "preprocessor_config.json", {"feature_extractor_type": kind, "sampling_rate": 24_000})
+    assert polymodal.load(tmp_path).fingerprint == nano(name).fingerprint
 
 
 @pytest.mark.parametrize("samples", [1, 7, 8, 9, 641])

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -144,7 +145,7 @@ def test_what_was_heard_of_another_task_is_not_taken(model: Whisper, noise: Path
         transcribe_file(model, noise, out, Listening())
 
 
-def test_what_cannot_be(model: Whisper, noise: Path, tmp_path: Path) -> None:
+def test_what_cannot_be(model: Whisper, noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match="'xx', but: de, en"):
         model.transcribe(noise, language="xx")
     with pytest.raises(ConfigError, match=r"known: \.txt"):
@@ -157,6 +158,16 @@ def test_what_cannot_be(model: Whisper, noise: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "b.txt").exists()
     with pytest.raises(DataError, match="gave nothing"):
         spooled(io.BytesIO())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spool"))
+    (tmp_path / "spool").mkdir()
+
+    class Cut(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        spooled(Cut())
+    assert not list((tmp_path / "spool").iterdir()), "a recording is not left behind"
     bare = nano("whisper")
     assert isinstance(bare, Whisper)
     with pytest.raises(UnsupportedError, match="generation_config"):
@@ -184,7 +195,14 @@ def test_formats_and_places(folder: Path, noise: Path, tmp_path: Path, capsys: p
     assert (tmp_path / "folder" / "noise.srt").read_text() == (tmp_path / "folder" / "other.srt").read_text()
     assert "--out FOLDER" in run(str(noise), str(other), "--format", "srt", code=1)[1]
     assert "both be written" in run(str(noise), str(noise), "--out", str(tmp_path / "folder"), code=1)[1]
-    assert "nothing.wav" in run(str(tmp_path / "nothing.wav"), code=1)[1]
+    assert "--out" in run(str(noise), str(other), "--out", str(tmp_path / "a.srt"), code=1)[1]
+    assert "notes.md" in run(str(noise), "--out", str(tmp_path / "notes.md"), code=1)[1]
+    assert "--format vtt" in run(str(noise), "--out", str(tmp_path / "a.srt"), "--format", "vtt", code=1)[1]
+    run(str(noise), "--out", str(tmp_path / "A.SRT"))
+    assert (tmp_path / "A.SRT").read_text().startswith("1\n")
+    said, error = run(str(noise), str(tmp_path / "nothing.wav"), code=1)
+    assert "nothing.wav: there is no such file" in error
+    assert not said, "told before anything is heard"
 
 
 def test_a_pipe(folder: Path, noise: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -223,6 +223,10 @@ def test_speech() -> None:
     voice = Voice(Audio((0.1 * torch.randn(1, 4000)).numpy(), rate=8000), "hello")
     other = next(iter(made.sound("Good day.", sounding, voice=voice)))
     assert other.shape != blocks[0].shape or not torch.equal(other, blocks[0]), "the voice is heard"
+    alone = next(iter(made.sound("Good day.", sounding)))
+    assert torch.equal(alone, next(iter(made.sound("... Good day. !", sounding)))), "what cannot be said is left out"
+    with pytest.raises(UnsupportedError, match="guide"):
+        made.sound("Good day.", Sounding(guidance=3.0))
     with pytest.raises(MediaError, match="not trained on the phonemes"):
         list(nano("valle").sound("Good day.", sounding))  # type: ignore[operator]
 

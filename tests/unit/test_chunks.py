@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from polymodal.act.chunks import Asynchronous, Ensemble, Player, RealTime, Reced
 from polymodal.core.batch import Batch
 from polymodal.core.errors import ConfigError, UnsupportedError
 from polymodal.core.observation import Observation
+from polymodal.samplers.flow import Velocity, continued, euler
 
 
 class Clock:
@@ -226,3 +228,61 @@ def test_what_does_not_fit_the_horizon(way: Any) -> None:
 def test_real_time_needs_a_policy_that_goes_on() -> None:
     with pytest.raises(UnsupportedError, match="continue_chunk"):
         Player(Clock(), RealTime(execute=4))
+
+
+class Homing(Clock):
+    """The exact flow of a robot on a line that goes half of the way home at each step, plus a unit of chance.
+
+    Its chunks hang together as those of a demonstrator do that sees what chance did: what one action overdoes, the
+    next ones make up for.
+    """
+
+    horizon, action_dim = 12, 1
+
+    def __init__(self) -> None:
+        steps, back = torch.arange(self.horizon), 0.5
+        since = (steps[:, None] - steps - 1).clamp(min=0)
+        root = torch.eye(self.horizon) - (back * (1 - back) ** since).tril(-1)
+        self.mean, self.covariance = -back * (1 - back) ** steps[:, None].float(), root @ root.T
+
+    def observe(self, observations: Sequence[Observation]) -> Batch:
+        return Batch(place=torch.from_numpy(np.stack([o.state for o in observations if o.state is not None])))
+
+    def velocity(self, batch: Batch) -> Velocity:
+        mean = (batch["place"] @ self.mean.T)[..., None]
+        return lambda x, t: self.gain(float(t[0])) @ (x - (1 - t) * mean) - mean
+
+    @cache  # noqa: B019
+    def gain(self, time: float) -> Tensor:
+        eye = torch.eye(self.horizon)
+        total = time**2 * eye + (1 - time) ** 2 * self.covariance
+        return (time * eye - (1 - time) * self.covariance) @ torch.linalg.inv(total)
+
+    def act(self, batch: Batch, *, generator: torch.Generator | None = None) -> Tensor:
+        return euler(self.velocity(batch), torch.randn(1, self.horizon, 1, generator=generator))
+
+    def continue_chunk(self, batch: Batch, previous: Tensor, frozen: int, *, generator: Any = None) -> Tensor:
+        noise = torch.randn(1, self.horizon, 1, generator=generator)
+        return continued(self.velocity(batch), noise, previous, frozen)
+
+
+def away(way: Any) -> tuple[float, float]:
+    """How far from home, root mean square: while nothing happens, and from 14 steps after a push of ten on."""
+    calm, pushed = [], []
+    for seed in range(4):
+        player, place = Player(Homing(), way, generator=torch.Generator().manual_seed(seed)), 0.0
+        for t in range(60):
+            place += 10.0 * (t == 22)
+            place += float(player.action(Observation(state=np.array([place], np.float32)))[0])
+            (calm if 8 <= t < 22 else pushed if t >= 36 else []).append(place)
+    return float(np.sqrt(np.square(calm).mean())), float(np.sqrt(np.square(pushed).mean()))
+
+
+def test_real_time_chunks_make_up_for_what_was_done_meanwhile() -> None:
+    """Whole way round with a policy that is known exactly: which steps are left, which are frozen, the pull's sign."""
+    waited = away(Receding(execute=4))
+    naive, real = (away(way(execute=4, delay=4)) for way in (Asynchronous, RealTime))
+    assert real[0] < 1.3 * waited[0]
+    assert naive[0] > 1.8 * waited[0]
+    assert real[1] < 2.2 * waited[1]
+    assert naive[1] > 5 * waited[1]

@@ -20,11 +20,10 @@ from polymodal.heads.codec import (
     adversarial,
     feature_matching,
     hinge,
-    log_mel_distance,
     mel_spectrum,
     multi_scale_mel,
 )
-from polymodal.nn.mel import mel_filters
+from polymodal.nn.mel import log_mel_distance, mel_filters
 from polymodal.systems.codec import Adversarial, Codec
 from tests.nano import nano, nano_batch
 

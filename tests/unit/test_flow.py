@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from polymodal.heads.flow import Beta, LogitNormal, Uniform, between, flow_loss
-from polymodal.samplers.flow import Velocity, euler, guided, prefix_weights
+from polymodal.samplers.flow import Velocity, continued, euler, guided, prefix_weights
 
 CPU = torch.device("cpu")
 
@@ -124,6 +124,19 @@ def test_a_guided_chunk_keeps_its_frozen_steps_and_goes_on_from_them() -> None:
     assert miss(drawn) < 0.25 * miss(free)
     inside = float(old.diff(dim=1).square().mean().sqrt())
     assert jump(drawn) < 1.5 * inside < 2 * inside < jump(free)
+
+
+def test_more_steps_keep_the_frozen_ones_better() -> None:
+    """A bound of the pull that does not grow with the steps of Euler's method would keep them worse."""
+    root, velocity = walk(12)
+    old, noise = (torch.randn(200, 12, 1, generator=seeded(n)) for n in (1, 2))
+    old = root @ old
+
+    def miss(steps: int) -> float:
+        return float((continued(velocity, noise, old[:, :8], 4, steps=steps) - old)[:, :4].square().mean().sqrt())
+
+    few, ten, many = miss(5), miss(10), miss(20)
+    assert many < 0.5 * ten < 0.25 * few
 
 
 def test_the_pull_is_the_gradient_through_the_model() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from polymodal.core.errors import ConfigError, MediaError
 from polymodal.core.files import write_json
+from polymodal.modalities import mel
 from polymodal.modalities.mel import ClapMel, RawWave, WhisperMel, declared_sounds
 from polymodal.nn.mel import mel_filters
 
@@ -96,6 +97,17 @@ def test_clap_pieces_of_a_long_sound_are_the_reference() -> None:
     assert torch.equal(cut([torch.from_numpy(wave)])[0], cut([torch.from_numpy(wave)])[0])
 
 
+def test_a_long_sound_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    wave = torch.from_numpy(noise(0.3, 48000))
+    for long in ("fusion", "rand_trunc"):
+        monkeypatch.setattr(mel, "_FRAMES", 4096)
+        whole = ClapMel(long=long).spectrogram(wave)  # type: ignore[arg-type]
+        monkeypatch.setattr(mel, "_FRAMES", 7)
+        assert torch.equal(ClapMel(long=long).spectrogram(wave), whole)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="should be lower"):
+        ClapMel(low=100, high=100)
+
+
 def test_wav2vec2_norm_is_the_reference() -> None:
     theirs = transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     waves = [noise(0.1, 16000), noise(0.2, 16000, seed=1) + 0.3]
@@ -119,7 +131,8 @@ def test_configs_go_both_ways(tmp_path: Path, ours: WhisperMel | ClapMel | RawWa
 
 @pytest.mark.parametrize(
     "change",
-    [{"dither": 0.1}, {"hop_length": "160"}, {"feature_size": -1}, {"surprise": 1}, {"do_normalize": True},
+    [{"dither": 0.1}, {"hop_length": "160"}, {"hop_length": 0}, {"hop_length": 1.5}, {"sampling_rate": 0},
+     {"chunk_length": 10**9}, {"feature_size": -1}, {"surprise": 1}, {"do_normalize": True},
      {"feature_extractor_type": "Other"}, {"padding_side": "left"}],
 )  # fmt: skip
 def test_configs_that_ask_for_more_are_refused(tmp_path: Path, change: dict[str, object]) -> None:

@@ -19,22 +19,23 @@ from polymodal.systems.behaviour import BehaviourCloning, BehaviourConfig
 from polymodal.systems.chunk_heads import L1, Flow
 from polymodal.train import Constant, Run, Stage, fit
 from polymodal.train.log import read_curve
-from polymodal.train.rl import Exploring, Practice, Scenes
+from polymodal.train.rl import Attempt, Exploring, Practice, Scenes
 from tests.toy_vlm import HEADER
 
 HORIZON = 3
 TEXTS = ("go", "go on there")  # batches of them have different widths
 
 
-def policy(head: Any = None) -> BehaviourCloning:
+def policy(head: Any = None, width: int = 1) -> BehaviourCloning:
     torch.manual_seed(0)
     trunk = StateTrunk(state_width=1, dim=32, num_layers=1)
     config = BehaviourConfig(
-        trunk=trunk, head=head or L1(), words=("go", "on"), horizon=HORIZON, action_width=1, text_dim=32
+        trunk=trunk, head=head or L1(), words=("go", "on"), horizon=HORIZON, action_width=width, text_dim=32
     )
     model = BehaviourCloning.build(config)
     rows = np.linspace(-1, 1, 101)[:, None]
-    model.use_statistics({"toy": {"state": Statistics.from_array(rows), "action": Statistics.from_array(rows)}})
+    action = Statistics.from_array(np.repeat(rows, width, 1))
+    model.use_statistics({"toy": {"state": Statistics.from_array(rows), "action": action}})
     return model
 
 
@@ -52,25 +53,28 @@ def follow(actor: Acts, scene: int) -> float:
     return float(np.mean(missed) < 0.3)
 
 
-def practice(model: Any = None, **more: Any) -> Practice:
-    return Practice(model or policy(), follow, **({"execute": 2, "group": 4, "deviation": 0.3} | more))
+def practice(model: Any = None, attempt: Attempt = follow, **more: Any) -> Practice:
+    return Practice(model or policy(), attempt, **({"execute": 2, "group": 4, "deviation": (0.3,)} | more))
 
 
-def test_what_is_chosen_is_near_what_is_meant_and_noted() -> None:
-    model = policy().eval()
-    explorer = Exploring(model, 2, 0.05)
+def test_what_is_chosen_is_what_is_meant_and_a_shift_and_noted() -> None:
+    model = policy(width=2).eval()
+    explorer = Exploring(model, 2, torch.tensor([0.05, 0.0]))
     batch = explorer.observe([Observation(state=np.zeros(1, np.float32), instruction="go")])
     done = explorer.act(batch)
-    assert done.shape == (1, 2, 1)
+    assert done.shape == (1, 2, 2)
     torch.testing.assert_close(done, model.to_robot(explorer.chosen[0]))
     torch.testing.assert_close(explorer.meant[0], model.chunk(batch)[:, :2])
-    assert 0 < (explorer.chosen[0] - explorer.meant[0]).abs().max() < 0.3
+    shift = (explorer.chosen[0] - explorer.meant[0])[0]
+    assert 0 < shift[0, 0].abs() < 0.3
+    torch.testing.assert_close(shift[0], shift[1])
+    assert not shift[:, 1].any()
 
 
-def test_the_gradient_is_that_of_the_likelihood_by_the_advantage() -> None:
+def test_the_gradient_is_that_of_the_likelihood_by_the_discounted_advantage() -> None:
     tries: list[tuple[torch.Tensor, torch.Tensor, float]] = []  # what was meant (with gradient), chosen, its reward
     rewards = iter([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    model = policy()
+    model = policy(width=2)
 
     def attempt(actor: Acts, scene: int) -> float:
         assert isinstance(actor, Exploring)
@@ -82,16 +86,17 @@ def test_the_gradient_is_that_of_the_likelihood_by_the_advantage() -> None:
         tries.append((meant, torch.cat(actor.chosen[-2:]), next(rewards)))
         return tries[-1][2]
 
-    loss = Practice(model, attempt, execute=2, group=4, deviation=0.5).loss(Batch(scene=torch.tensor([7, 8])))
+    learner = practice(model, attempt, deviation=(0.5, 0.0), discount=0.6)
+    loss = learner.loss(Batch(scene=torch.tensor([7, 8])))
     assert loss.weight == 8
     assert loss.metrics["reward"] == pytest.approx(0.75)
     weight = model.get_parameter("head.proj.weight")
     found = torch.autograd.grad(loss.total, weight, retain_graph=True)[0]
-    likelihoods = [torch.distributions.Normal(meant, 0.5).log_prob(chosen).sum() for meant, chosen, _ in tries]
     spread = torch.tensor([1.0, 0.0, 0.0, 1.0]).std() + 1e-4
-    by_hand = sum(
-        -(reward - 0.5) / spread * each for each, (*_, reward) in zip(likelihoods[:4], tries[:4], strict=True)
-    )
+    by_hand = torch.zeros(())
+    for meant, chosen, reward in tries[:4]:  # of the others, none went better than the rest
+        likelihood = torch.distributions.Normal(meant.mean(1)[:, 0], 0.5).log_prob(chosen.mean(1)[:, 0])
+        by_hand = by_hand - (reward - 0.5) / spread * (0.6 * likelihood[0] + likelihood[1])
     torch.testing.assert_close(found, torch.autograd.grad(by_hand, weight)[0], rtol=1e-4, atol=1e-5)
 
 
@@ -106,24 +111,31 @@ def test_lessons_are_learned_as_before_and_states_stay_as_they_were() -> None:
     assert model.training
 
 
-@pytest.mark.parametrize("wrong", [{"execute": 0}, {"execute": HORIZON + 1}, {"group": 1}, {"deviation": 0.0}])
-def test_what_cannot_be_practised(wrong: dict[str, Any]) -> None:
-    with pytest.raises(TrainError, match="practice takes"):
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"execute": 0}, "1 to 3 steps"), ({"execute": HORIZON + 1}, "1 to 3 steps"), ({"group": 1}, "groups"),
+        ({"discount": 0.0}, "discount"), ({"deviation": (0.0,)}, "deviations"), ({"deviation": (-0.1,)}, "deviations"),
+        ({"deviation": (0.1, 0.1)}, "1 deviations"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_practised(wrong: dict[str, Any], why: str) -> None:
+    with pytest.raises(TrainError, match=why):
         practice(**wrong)
     with pytest.raises(TrainError, match="cannot practise"):
-        Practice(torch.nn.Linear(1, 1), follow, execute=1)
+        Practice(torch.nn.Linear(1, 1), follow, execute=1, deviation=(0.1,))
 
 
 def test_a_policy_that_samples_is_refused() -> None:
-    with pytest.raises(TrainError, match="samples its answers"):
+    with pytest.raises(TrainError, match="answers differently"):
         practice(policy(Flow(hidden_dim=16, num_layers=1, steps=2))).loss(Batch(scene=torch.tensor([1, 2])))
 
 
-def run(steps: int = 40) -> Run:
+def run(steps: int = 40, attempt: Attempt = follow) -> Run:
     return Run(
         name="practice",
         header=HEADER,
-        model=practice,
+        model=lambda: practice(attempt=attempt),
         stages=[
             Stage(
                 name="practise", steps=steps, batch_size=8, source=lambda: Scenes(1000), lr=3e-3, schedule=Constant(),
@@ -131,6 +143,30 @@ def run(steps: int = 40) -> Run:
             )
         ],
     )  # fmt: skip
+
+
+BEST = 0.4
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_known_optimum_of_a_bandit_is_found_and_fled_where_it_costs(sign: float, tmp_path: Path) -> None:
+    def answer(actor: Acts, scene: int) -> float:
+        seen = Observation(state=np.array([place(scene)], np.float32), instruction="go")
+        return float(actor.act(actor.observe([seen]))[:, :2].mean())
+
+    def attempt(actor: Acts, scene: int) -> float:
+        return -sign * (answer(actor, scene) - BEST) ** 2
+
+    def missed(model: Any) -> float:
+        return max(abs(answer(model, scene) - BEST) for scene in range(2000, 2020))
+
+    before = missed(policy().eval())
+    after = missed(fit(run(attempt=attempt), tmp_path, device="cpu").model.policy.eval())
+    assert before > 0.25
+    if sign > 0:
+        assert after < 0.1
+    else:
+        assert after > before + 0.25
 
 
 def test_it_comes_to_do_what_is_rewarded_and_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -70,6 +70,10 @@ def test_who_says_the_phrase_is_on_record(recording: Path) -> None:
         "Good morning, how are you?",
         "My name is Ada Lovelace. I do not agree at all, and you may never use it for anything else.",
         "My name is Ada Lovelace. I agree that a computer learns to speak with my voice. " * 2,
+        "My name is Ada Lovelace. I do not agree that a computer learns to speak with my voice.",
+        "My name is Ada Lovelace. I don't think I agree that a computer learns to speak with my voice.",
+        "My name is Ada Lovelace. I disagree that a computer learns to speak with my voice.",
+        "My name is Ada Lovelace. I agree that a computer never learns to speak with my voice.",
     ],
 )
 def test_who_says_something_else_is_not(recording: Path, said: str) -> None:
@@ -82,6 +86,10 @@ def test_a_name_that_is_none_and_a_model_that_hears_nothing(recording: Path) -> 
     for name in ("", "  ", "42", "A\x1b[31m"):
         with pytest.raises(ConsentError, match="no name"):
             voice.phrase(name)
+    talk = "whatever somebody else once said in public, long enough to be nearly all of the phrase, " * 3
+    for name in (talk, "x" * 10_000):
+        with pytest.raises(ConsentError, match="at most 6 words"):
+            voice.record_consent(recording, name, Ear(talk))
     with pytest.raises(UnsupportedError, match="does not write down speech"):
         voice.record_consent(recording, "Ada", Deaf())
 

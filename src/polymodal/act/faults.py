@@ -96,10 +96,10 @@ def _fast(fault: Injection, action: np.ndarray, _: Observation | None) -> np.nda
 
 
 def _outwards(fault: Injection, action: np.ndarray, _: Observation | None) -> np.ndarray:
-    """To the wall and on, as fast as the limits allow."""
+    """To the wall and on, as fast as the limits allow; away from where the robot was going, lest it arrive."""
     out = action.copy()
     if fault.limits.kinds[fault.axis] == "delta":
-        out[fault.axis] = fault.high[fault.axis]
+        out[fault.axis] = (fault.low if fault.start[fault.axis] > 0 else fault.high)[fault.axis]
     else:
         out[fault.axis] = fault.start[fault.axis] + (fault.tick - fault.at + 1) * fault.pace
     return out

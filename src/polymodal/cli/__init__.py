@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written to
         if arguments.debug:
             raise
-        where = f": {error.filename}" if error.filename is not None else ""
+        name = error.filename if error.filename2 is None else error.filename2  # of a renaming, what was asked for
+        where = f": {name}" if name is not None else ""
         print("polymodal: " + plain(f"{error.strerror or error}{where}", keep="\n"), file=sys.stderr)
         return 1
 
@@ -59,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="polymodal",
-        description="Find pictures by words and ask about them; train, load and check the models that do it.",
+        description="Find pictures and sounds by words, ask about them, write down speech and make sound; "
+        "train, load and check the models that do it.",
         epilog="""\
 a first look:
   polymodal demo                          pictures, an index and five searches, from nothing

@@ -217,7 +217,9 @@ def _load_writer(name: str) -> Any:
 
     model = load_model(name)
     if not isinstance(model, Generates):
-        raise ConfigError(f"{name} writes no text, it gives vectors: take a vision-language model")
+        raise ConfigError(
+            f"{name} answers no questions: a {type(model).__name__} is no language model that sees or hears"
+        )
     if not isinstance(model.tokenizer, LanguageTokenizer):
         raise ConfigError(f"{name} has no tokenizer.json, so it can neither read nor write text")
     return model
@@ -390,7 +392,7 @@ A model hears so many seconds at a time (Qwen2-Audio: 30); for what is said in a
 polymodal transcribe.""",
     )
     sub.add_argument("files", nargs="+", metavar="FILE", help="sounds, in the order in which the model hears them")
-    sub.add_argument("question", metavar="QUESTION")
+    sub.add_argument("question", metavar="QUESTION", help="what to ask about them, in one pair of quotes")
     sub.set_defaults(when=None, show=None, draw=None)
     _with_settings(sub, HEARER, "")
     with_json(sub)

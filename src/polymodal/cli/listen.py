@@ -1,4 +1,4 @@
-"""The commands that hear: transcribe."""
+"""The command that writes down what is said: transcribe."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ FORMATS = ("txt", "srt", "vtt", "json")
 def _transcribe(arguments: argparse.Namespace) -> int:
     from polymodal.core.errors import ConfigError
     from polymodal.core.transcript import Listening
+    from polymodal.modalities.audio import check
     from polymodal.transcribing import transcribe_file
 
-    kind = _kind(arguments)
+    kind, outs = _outs(arguments)
     if arguments.out is None and len(arguments.files) > 1 and kind != "txt":
         raise ConfigError(f"several files as {kind}: say a folder to write to, --out FOLDER")
     listening = Listening(language=arguments.language, task=arguments.task, words=arguments.words)
-    outs = [_out(arguments, name, kind) for name in arguments.files]
     twice = sorted({str(out) for out in outs if out is not None and outs.count(out) > 1})
     if twice:
         raise ConfigError(f"two files would both be written to {twice[0]}: transcribe them to different folders")
+    for name in arguments.files:
+        if name != "-":
+            check(Path(name).expanduser())  # told before a model is loaded and the files before are heard
     model = load_model(arguments.model or LISTENER)
     for name, out in zip(arguments.files, outs, strict=True):
         with _source(name) as source:
@@ -45,19 +48,24 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _kind(arguments: argparse.Namespace) -> str:
-    suffix = "" if arguments.out is None else Path(arguments.out).suffix.removeprefix(".")
-    return arguments.format or (suffix if suffix in FORMATS else "txt")
+def _outs(arguments: argparse.Namespace) -> tuple[str, list[Path | None]]:
+    """The format, and where each transcript goes: to the file that ``--out`` names, or into the folder."""
+    from polymodal.core.errors import ConfigError
 
-
-def _out(arguments: argparse.Namespace, name: str, kind: str) -> Path | None:
-    """Where a transcript goes: the file that ``--out`` names, or one in the folder that it names."""
+    names, kind = arguments.files, arguments.format or "txt"
     if arguments.out is None:
-        return None
-    out = Path(arguments.out)
-    if len(arguments.files) == 1 and out.suffix == f".{kind}" and not out.is_dir():
-        return out
-    return out / f"{'pipe' if name == '-' else Path(name).stem}.{kind}"
+        return kind, [None] * len(names)
+    out = Path(arguments.out).expanduser()
+    ending = out.suffix.lower().removeprefix(".")
+    if out.is_dir() or not ending:
+        return kind, [out / f"{'pipe' if name == '-' else Path(name).stem}.{kind}" for name in names]
+    if len(names) > 1 or ending not in FORMATS:
+        raise ConfigError(
+            f"--out {out}: a transcript of one file ends in .{', .'.join(FORMATS)}; a folder has no ending, or is there"
+        )
+    if arguments.format not in (None, ending):
+        raise ConfigError(f"--out {out} ends otherwise than --format {kind}: leave out one of them")
+    return ending, [out]
 
 
 @contextlib.contextmanager
@@ -66,7 +74,7 @@ def _source(name: str) -> Iterator[Path]:
     from polymodal.transcribing import spooled
 
     if name != "-":
-        yield Path(name)
+        yield Path(name).expanduser()
         return
     path = spooled(sys.stdin.buffer)
     try:
@@ -106,7 +114,8 @@ examples:
   polymodal transcribe talk.mp4 --format srt --out talk.srt
   polymodal transcribe *.mp3 --format vtt --words --out subtitles
   polymodal transcribe interview.ogg --language de --task translate --model openai/whisper-small
-  arecord -f cd | polymodal transcribe -
+  arecord -d 60 -f cd | polymodal transcribe -    a minute from the microphone
+The default model knows synthetic voices of English alone: for people take openai/whisper-small or larger.
 An hour takes no more memory than a minute; a run that was cut goes on where it was, with --out.""",
     )
     transcribe.add_argument("files", nargs="+", metavar="FILE", help="sound or video; - reads a pipe")

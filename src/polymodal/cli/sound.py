@@ -39,9 +39,9 @@ def _speak(arguments: argparse.Namespace) -> int:
 def _consent(arguments: argparse.Namespace) -> int:
     from polymodal.voice import phrase, record_consent, record_path
 
-    recording = Path(arguments.file).expanduser()
+    recording, words = Path(arguments.file).expanduser(), phrase(arguments.who)
     if not recording.exists():
-        raise ConsentError(f'{recording} does not exist. Record these words, nothing else: "{phrase(arguments.who)}"')
+        raise ConsentError(f'{recording} does not exist. Record these words, nothing else: "{words}"')
     consent = record_consent(recording, arguments.who, load_model(arguments.model or LISTENER))
     print(f'{plain(str(record_path(recording)))}: {plain(consent.who)} agreed: "{plain(consent.heard)}"')
     return 0
@@ -49,12 +49,14 @@ def _consent(arguments: argparse.Namespace) -> int:
 
 def _detect_watermark(arguments: argparse.Namespace) -> int:
     from polymodal.core.sample import Audio
-    from polymodal.modalities.audio import blocks
+    from polymodal.modalities.audio import blocks, check
     from polymodal.modalities.watermark import Detection, detect_watermark
 
-    found = []
-    for name in arguments.files:
-        pieces = [detect_watermark(piece, WATCHED) for piece in blocks(Audio(Path(name).expanduser()), WATCHED, PIECE)]
+    found, paths = [], [Path(name).expanduser() for name in arguments.files]
+    for path in paths:
+        check(path)
+    for name, path in zip(arguments.files, paths, strict=True):
+        pieces = [detect_watermark(piece, WATCHED) for piece in blocks(Audio(path), WATCHED, PIECE)]
         best = max(pieces, key=lambda piece: piece.score)
         alarm = min(1.0, best.false_alarm * len(pieces))  # every piece was one more chance to be wrong
         found.append((name, Detection(score=best.score, false_alarm=alarm)))
@@ -62,8 +64,9 @@ def _detect_watermark(arguments: argparse.Namespace) -> int:
         print_json([{"path": n, "marked": d.marked, "score": d.score, "false_alarm": d.false_alarm} for n, d in found])
         return 0
     for name, one in found:
+        chance = f"; chance reaches it with a probability below {one.false_alarm:.0e}" if one.marked else ""
         verdict = "watermark of Polymodal" if one.marked else "no watermark found"
-        print(f"{plain(name)}: {verdict} (score {one.score:.1f}; by chance in at most {one.false_alarm:.1g} of sounds)")
+        print(f"{plain(name)}: {verdict} (score {one.score:.1f}{chance})")
     return 0
 
 
@@ -71,8 +74,11 @@ def _make(arguments: argparse.Namespace, name: str, voice: Voice | None = None) 
     """Writes sound block by block while the model goes on."""
     from polymodal.core.sounding import Sounding
     from polymodal.core.verbs import Sounds
+    from polymodal.modalities.audio import check_out
     from polymodal.modalities.watermark import watermarked
 
+    if arguments.out != "-":
+        check_out(Path(arguments.out).expanduser())  # told before a model is loaded
     sounding = Sounding(
         seconds=arguments.seconds, seed=arguments.seed, guidance=arguments.guidance, temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -122,8 +128,8 @@ def add(commands: Commands) -> None:
 examples:
   polymodal music "slow piano" --out piano.wav --seconds 10
   polymodal music "rock with loud guitars" --out rock.flac --seed 7 --guidance 4
-  polymodal music "a flute at dawn" --out -    to a pipe, for ffplay -
-The sound comes while it is being made; it carries a watermark that nobody hears.""",
+  polymodal music "a flute at dawn" --out -  | ffplay -
+The sound comes while it is being made; it carries a watermark, made not to be heard (docs/voice.md).""",
     )  # fmt: skip
     music.add_argument("text", metavar="PROMPT", help="what is to be heard")
     with_model(music, COMPOSER)
@@ -133,8 +139,8 @@ The sound comes while it is being made; it carries a watermark that nobody hears
 examples:
   polymodal speak "hello" --model runs/valle --out hello.wav
   polymodal speak "hello" --model runs/valle --voice me.wav --out hello.wav     after `polymodal consent me.wav`
-  polymodal speak "good morning" --model runs/valle --out -    to a pipe, for ffplay -
-The sound comes while it is being made; it carries a watermark that nobody hears.""",
+  polymodal speak "good morning" --model runs/valle --out -  | ffplay -
+The sound comes a sentence at a time; it carries a watermark, made not to be heard (docs/voice.md).""",
     )  # fmt: skip
     speak.add_argument("text", metavar="TEXT", help="what is to be said")
     speak.add_argument("--model", metavar="NAME", required=True, help="a folder or a Hub name")
@@ -143,27 +149,35 @@ The sound comes while it is being made; it carries a watermark that nobody hears
         sub.add_argument("--out", metavar="FILE", required=True, help="wav, flac, ogg or mp3; - is a pipe of wav")
         sub.add_argument("--seconds", type=float, metavar="S", help=most)
         sub.add_argument("--seed", type=int, metavar="N", help="the same one makes the same sound (default: a new one)")
-        sub.add_argument("--guidance", type=float, metavar="X", help="how closely to follow the text; 1 is none")
-        sub.add_argument("--temperature", type=float, metavar="X", help="0 takes what is the most probable")
-        sub.add_argument("--top-k", type=count, metavar="K", help="draw from the best K codes")
+        sub.add_argument(
+            "--temperature", type=float, metavar="X", help="0 takes what is the most probable (default: 1)"
+        )
+        sub.add_argument(
+            "--top-k", type=count, metavar="K", help="draw from the best K codes (default: the model's own)"
+        )
+    music.add_argument(
+        "--guidance", type=float, metavar="X", help="how closely to follow PROMPT; 1 is none (default: 3)"
+    )
+    speak.set_defaults(guidance=None)
     consent = command(
         commands, "consent", _consent, "record that somebody lets their voice be copied",
         """\
 examples:
   polymodal consent me.wav --who "Ada Lovelace"      without me.wav it says what to record
   polymodal consent me.wav --who Ada --model openai/whisper-base
-What is said in FILE is written down and compared; the record is written beside it.""",
+What is said in FILE is written down and compared; the record is written beside it. The default model knows
+synthetic voices alone: to hear a person take openai/whisper-base or larger.""",
     )  # fmt: skip
     consent.add_argument("file", metavar="FILE", help="a recording of the agreement, by the owner of the voice")
     consent.add_argument("--who", metavar="NAME", required=True, help="who agrees")
     with_model(consent, LISTENER)
     detect = command(
-        commands, "detect-watermark", _detect_watermark, "tell whether sound was made by Polymodal",
+        commands, "detect-watermark", _detect_watermark, "look for the watermark of Polymodal in sound",
         """\
 examples:
   polymodal detect-watermark hello.wav
   polymodal detect-watermark *.mp3 --json
-A sound without a watermark may yet be made by a machine: see docs/voice.md.""",
+A sound without it may yet be made by a machine; a second of sound is about the least: see docs/voice.md.""",
     )  # fmt: skip
     detect.add_argument("files", nargs="+", metavar="FILE", help="sound, or video with sound")
     with_json(detect)

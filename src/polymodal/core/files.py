@@ -18,8 +18,12 @@ from polymodal.core.errors import ConfigError
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary sibling of ``path``; renames it onto ``path`` when the block ends without an error."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:  # said of what was asked for, not of a temporary name
+        reason = f"{path.parent} is no folder" if path.parent.is_file() else error.strerror
+        raise OSError(error.errno, f"cannot be written ({reason})", str(path)) from error
     os.close(handle)
     temporary = Path(name)
     try:

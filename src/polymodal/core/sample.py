@@ -161,7 +161,7 @@ def _part(value: Any) -> Part:
             return Audio(value)
         ending = value.suffix or "nothing"
         raise MediaError(
-            f"{value}: no known medium ends in {ending!r}. Wrap it: Image(path), Video(path) or Audio(path)"
+            f"{value}: no known medium ends in {ending!r}. Rename it, or wrap it: Image(path), Video(path), Audio(path)"
         )
     if isinstance(value, bytes) or type(value).__module__.split(".")[0] in {"PIL", "numpy"}:
         return Image(value)

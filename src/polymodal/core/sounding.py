@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Final
 
 from polymodal.core.errors import ConfigError
 from polymodal.core.sample import Audio
+
+DAY: Final = 86_400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +33,8 @@ class Sounding:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.seconds is not None and not 0 < self.seconds < math.inf:
-            raise ConfigError(f"a sound lasts more than no time, not {self.seconds} seconds")
+        if self.seconds is not None and not 0 < self.seconds <= DAY:
+            raise ConfigError(f"a sound lasts more than 0 seconds and at most a day, {DAY:,}; not {self.seconds}")
 
 
 @dataclass(frozen=True)

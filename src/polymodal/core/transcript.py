@@ -131,7 +131,7 @@ def _cue(text: str) -> str:
 
 def _spoken(segment: Segment) -> str:
     def escaped(text: str) -> str:
-        return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        return text.replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
     if not segment.words:
         return escaped(_cue(segment.text))

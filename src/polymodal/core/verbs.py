@@ -392,6 +392,6 @@ def verbs_of(system: type) -> Sequence[str]:
         "count": "count",
         "act": "act",
         "sound": "sound",
+        "transcribe_stream": "transcribe",
     }
-    names |= {"transcribe_stream": "transcribe"}
     return [verb for method, verb in names.items() if getattr(system, method, None) is not None]

@@ -83,11 +83,8 @@ class ResidualUnit(nn.Module):
     def __init__(self, config: SEANetConfig, dim: int, dilation: int) -> None:
         super().__init__()
         inner = dim // config.compress
-        wide, narrow = (
-            config.conv(dim, inner, config.residual_kernel_size, dilation=dilation),
-            config.conv(inner, dim, 1),
-        )
-        self.block = nn.ModuleList([nn.ELU(), wide, nn.ELU(), narrow])
+        wide = config.conv(dim, inner, config.residual_kernel_size, dilation=dilation)
+        self.block = nn.ModuleList([nn.ELU(), wide, nn.ELU(), config.conv(inner, dim, 1)])
         self.shortcut = config.conv(dim, dim, 1) if config.shortcut else nn.Identity()
 
     def forward(self, x: Float[Tensor, "batch dim time"]) -> Float[Tensor, "batch dim time"]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from jaxtyping import Float
@@ -17,7 +16,7 @@ from torch import Tensor
 from polymodal.core.errors import DataError
 from polymodal.evaluate.spoken_text import english
 from polymodal.evaluate.text_metrics import Estimate, bootstrap, edit_distance
-from polymodal.nn.mel import mel_filters
+from polymodal.nn.mel import LONGEST_WINDOW, log_mel_distance
 
 # ---- speech ----
 
@@ -87,9 +86,6 @@ def _edits(text: list[str], reference: list[str]) -> int:
 
 # ---- sound ----
 
-_FLOOR: Final = 1e-5
-_WINDOWS: Final = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}  # and their mel bands
-
 
 def mel_distance(
     wave: Float[Tensor, "channels samples"], reference: Float[Tensor, "_channels _samples"], rate: int
@@ -101,13 +97,8 @@ def mel_distance(
     Raises:
         DataError: the waveforms differ in shape, or are shorter than the longest window (2,048 samples).
     """
-    _check(wave, reference, max(_WINDOWS))
-    total = 0.0
-    for window, bands in _WINDOWS.items():
-        filters = mel_filters(window // 2 + 1, bands, rate).float()
-        mine, theirs = ((_magnitudes(one, window).mT @ filters).clamp_min(_FLOOR).log10() for one in (wave, reference))
-        total += float((mine - theirs).abs().mean())
-    return total
+    _check(wave, reference, LONGEST_WINDOW)
+    return float(log_mel_distance(wave[None], reference[None], rate))
 
 
 def log_spectral_distance(

@@ -66,25 +66,6 @@ def multi_scale_mel(
     return total / (2 * len(scales.windows))
 
 
-def log_mel_distance(
-    made: Float[Tensor, "batch channels samples"], wave: Float[Tensor, "batch channels samples"], rate: int
-) -> Float[Tensor, ""]:
-    """DAC's: L1 of the logarithms of mel magnitudes at seven scales, added up (arXiv 2306.06546, 3.5).
-
-    The waveforms must be longer than half of the largest window.
-    """
-    total = made.new_zeros((), dtype=torch.float32)
-    with torch.autocast(made.device.type, enabled=False):
-        for window, bands in zip((32, 64, 128, 256, 512, 1024, 2048), (5, 10, 20, 40, 80, 160, 320), strict=True):
-            shape = torch.hann_window(window, device=made.device)
-            rows = torch.cat([made, wave]).float().flatten(0, 1)
-            spectra = torch.stft(rows, window, window // 4, window=shape, return_complex=True).abs()
-            mels = mel_filters(window // 2 + 1, bands, rate).to(rows).T @ spectra
-            mine, theirs = mels.clamp(min=1e-5).log10().chunk(2)
-            total = total + F.l1_loss(mine, theirs)
-    return total
-
-
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
     """Discriminators of complex spectra, one for each window (hops are a quarter of it)."""

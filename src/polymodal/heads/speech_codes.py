@@ -88,7 +88,8 @@ class SpeechCodes(nn.Module):
         else:
             chosen = F.one_hot(scores.argmax(-1), c.num_codes).to(scores.dtype)
             shares = chosen.float()
-        mean = shares.flatten(0, 1).mean(0) if hidden is None else shares[hidden].mean(0)
+        seen = shares.flatten(0, 1) if hidden is None else shares[hidden]
+        mean = seen.sum(0) / max(len(seen), 1)  # sounds that are too short have no hidden place
         perplexity = torch.exp(-torch.xlogy(mean, mean).sum(-1)).sum()
         codes = self.codes.unflatten(0, (c.num_codebooks, c.num_codes))
         return torch.einsum("bfgv,gvd->bfgd", chosen, codes).flatten(2), perplexity

@@ -20,7 +20,17 @@ from torch import Tensor
 from polymodal.core.errors import MediaError, MissingDependency
 from polymodal.core.files import atomic_path
 from polymodal.core.sample import Audio
-from polymodal.modalities.tracks import MAX_CHANNELS, MAX_RATE, Samples, check_piece, check_rate, decoded, length
+from polymodal.modalities.files import open_medium
+from polymodal.modalities.tracks import (
+    MAX_BYTES,
+    MAX_CHANNELS,
+    MAX_RATE,
+    Samples,
+    check_piece,
+    check_rate,
+    decoded,
+    length,
+)
 
 MAX_HELD = 2**31  # bytes of samples that `decode` holds at once
 _WRITTEN = {
@@ -30,6 +40,28 @@ _WRITTEN = {
 
 
 # ---- reading ----
+
+
+def check(path: str | Path) -> None:
+    """Refuses a file that cannot be opened; what is in it is not looked at.
+
+    Raises:
+        MediaError: there is no such file, it may not be read, or it is too large.
+    """
+    with open_medium(path, where=str(path), medium="sound", max_bytes=MAX_BYTES):
+        pass
+
+
+def check_out(path: Path) -> None:
+    """Refuses to write sound where a folder is, or by a name that ends in no format of sound.
+
+    Raises:
+        MediaError: one of these.
+    """
+    if path.is_dir():
+        raise MediaError(f"{path}: is a folder; name a file")
+    if path.suffix.lower() not in _WRITTEN:
+        raise MediaError(f"{path}: sound is written as {', '.join(s[1:] for s in _WRITTEN)}, by the end of the name")
 
 
 def decode(audio: Audio, rate: int, channels: int = 1) -> Float[Tensor, "channels samples"]:
@@ -64,13 +96,14 @@ def blocks(
     """
     size = round(seconds * rate)
     assert size >= 1, "a block holds at least one sample"
-    held: list[Samples] = []
+    held, count = list[Samples](), 0
     for piece in _resampled(audio, rate, channels):
         held.append(piece)
-        while sum(part.shape[1] for part in held) >= size:
-            whole = np.concatenate(held, 1)
-            yield torch.from_numpy(whole[:, :size].copy())
-            held = [whole[:, size:]]
+        count += piece.shape[1]
+        if count >= size:
+            *whole, rest = np.split(np.concatenate(held, 1), [*range(size, count + 1, size)], 1)
+            yield from (torch.from_numpy(block.copy()) for block in whole)
+            held, count = [rest], rest.shape[1]
     rest = np.concatenate(held, 1)
     if rest.shape[1]:
         yield torch.from_numpy(rest)
@@ -197,8 +230,7 @@ def writing(
         MissingDependency: soundfile is not installed.
     """
     path = Path(path)
-    if path.suffix.lower() not in _WRITTEN:
-        raise MediaError(f"{path}: sound is written as {', '.join(s[1:] for s in _WRITTEN)}, by the end of the name")
+    check_out(path)
     try:
         import soundfile
     except ImportError:

@@ -23,6 +23,7 @@ from polymodal.nn.mel import MelScale, mel_filters
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _FLOOR = 1e-10  # of a power: -100 dB
+_FRAMES = 4096  # of a spectrum, that are held at once
 _KIND = "feature_extractor_type"
 # What transformers writes beside: it follows from the rest, or asks for nothing.
 _DERIVED = frozenset(
@@ -40,10 +41,18 @@ def power_spectrum(wave: Float[Tensor, "batch samples"], fft: int, hop: int) -> 
     Raises:
         MediaError: the sound is too short to be mirrored at its ends.
     """
+    return _power(_mirrored(wave, fft), fft, hop)
+
+
+def _mirrored(wave: Tensor, fft: int) -> Tensor:
     if wave.shape[1] <= fft // 2:
         raise MediaError(f"a sound of {wave.shape[1]} samples; a spectrum of {fft} needs more than {fft // 2}")
+    return F.pad(wave, (fft // 2, fft // 2), "reflect")
+
+
+def _power(wave: Tensor, fft: int, hop: int) -> Tensor:
     window = torch.hann_window(fft, dtype=wave.dtype, device=wave.device)
-    return torch.stft(wave, fft, hop, window=window, return_complex=True).abs() ** 2
+    return torch.stft(wave, fft, hop, window=window, center=False, return_complex=True).abs() ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +140,8 @@ class ClapMel:
             raise ConfigError(f"truncation {self.long!r}; understood: fusion, rand_trunc")
         if self.short not in ("repeatpad", "repeat", "pad"):
             raise ConfigError(f"padding {self.short!r}; understood: repeatpad, repeat, pad")
+        if not 0 <= self.low < self.high:
+            raise ConfigError(f"mels from {self.low} Hz to {self.high} Hz; the first should be lower")
 
     @property
     def num_samples(self) -> int:
@@ -148,8 +159,12 @@ class ClapMel:
             self.fft // 2 + 1, self.num_mels, self.sample_rate, low=float(self.low), high=float(self.high), scale=scale,
             normalise=scale == "slaney",
         )  # fmt: skip
-        power = power_spectrum(wave.double()[None], self.fft, self.hop)[0]  # decibels of silence need fp64
-        return (10 * (power.T @ filters).clamp_min(_FLOOR).log10()).float()
+        padded, size, pieces = _mirrored(wave[None], self.fft), (_FRAMES - 1) * self.hop + self.fft, []
+        # In pieces: the spectrum of an hour is gigabytes, its mels are not. Decibels of silence need fp64.
+        for start in range(0, padded.shape[1] - self.fft + 1, _FRAMES * self.hop):
+            power = _power(padded[:, start : start + size].double(), self.fft, self.hop)[0]
+            pieces.append((10 * (power.T @ filters).clamp_min(_FLOOR).log10()).float())
+        return torch.cat(pieces)
 
     def __call__(
         self, waves: Sequence[Float[Tensor, " _"]], generator: torch.Generator | None = None
@@ -276,6 +291,23 @@ def declared_sounds(folder: Path) -> Sounds | None:
     return None
 
 
+def declared_whisper(folder: Path, own: WhisperMel) -> WhisperMel:
+    """The same for a tower that reads spectrograms as ``own`` makes them: ``own`` where none is declared.
+
+    Raises:
+        ConfigError: they would have other mels, or more frames than the tower has places for.
+    """
+    declared = declared_sounds(folder)
+    if not isinstance(declared, WhisperMel):
+        return own
+    if declared.num_mels != own.num_mels or declared.num_frames > own.num_frames:
+        raise ConfigError(
+            f"{folder}: spectrograms of {declared.num_mels} mels x {declared.num_frames} frames; its tower reads "
+            f"{own.num_mels} x {own.num_frames}"
+        )
+    return declared
+
+
 def _read(raw: Mapping[str, Any], names: Mapping[str, str], required: Mapping[str, Any]) -> dict[str, Any]:
     """The fields by our names; every other one must be known to change nothing."""
     problems = [
@@ -287,14 +319,17 @@ def _read(raw: Mapping[str, Any], names: Mapping[str, str], required: Mapping[st
     ]
     known = {*names, *required, *_DERIVED}
     problems += [f"{n} = {raw[n]!r} is not known{did_you_mean(n, known)}" for n in raw if n not in known]
-    for name in (name for name in names if name in raw):
-        value = raw[name]
-        number = isinstance(value, int | float) and 0 <= value < 2**31
-        if not (isinstance(value, str) if name in ("truncation", "padding") else number):
-            problems.append(f"{name} is {value!r}")
+    problems += [f"{name} is {raw[name]!r}" for name in names if name in raw and not _fine(name, raw[name])]
     if problems:
         raise ConfigError("preprocessor config: " + "; ".join(problems))
     return {ours: raw[theirs] for theirs, ours in names.items() if theirs in raw}
+
+
+def _fine(name: str, value: Any) -> bool:
+    if name in ("truncation", "padding", "do_normalize"):
+        return isinstance(value, bool if name == "do_normalize" else str)
+    hertz = name in ("frequency_min", "frequency_max")
+    return type(value) in ((int, float) if hertz else (int,)) and (0 if hertz else 1) <= value < 2**20
 
 
 def _pick(places: Sequence[int], generator: torch.Generator | None) -> int:

@@ -116,9 +116,9 @@ def decoded(audio: Audio) -> Iterator[tuple[int, int, Samples]]:
     Raises:
         MediaError: it is broken, changes on the way, or ends before its header says.
     """
-    from av import FFmpegError
-
     with _opened(audio) as (container, stream, lost):
+        from av import FFmpegError  # is there, where this is reached
+
         rate, channels = stream.rate, stream.channels
         assert stream.time_base is not None
         tick, origin = float(stream.time_base), stream.start_time or 0

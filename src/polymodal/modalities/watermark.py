@@ -1,12 +1,14 @@
-"""A mark in generated sound that nobody hears and a detector finds.
+"""A mark in generated sound that should not be heard and that a detector finds.
 
 A periodic carrier of random phases (they follow from a key) is laid under the sound between 500 and 3,500 Hz, a fixed
 number of decibels below what the sound itself has at each place, so that the sound masks it. The detector levels the
 spectrum, adds up all periods, keeps the phases alone and slides the carrier over them: it needs no start to hold on to.
-Phases of a sound that was made without the key are random against the carrier's, whatever the sound, so Hoeffding's
-inequality bounds how often the detector is wrong.
+Phases of a sound that was made without the key are random against the carrier's, whatever the sound. The cosine of a
+random phase has moments below those of a normal variable of variance 1/2 (E exp(tx) <= exp(t^2/4)), so Chernoff's bound
+says how often the detector is wrong.
 
-`benchmarks/watermark.py` measures how well it survives; it is not made against people who know the key and remove it.
+`benchmarks/bench_watermark.py` measures how well it survives; it is not made against people who know the key and remove
+it.
 """
 
 from __future__ import annotations

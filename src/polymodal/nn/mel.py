@@ -1,12 +1,13 @@
-"""The mel scale: the triangular filters between a spectrum and what an ear, or a model, tells apart."""
+"""The mel scale: the triangular filters between a spectrum and what an ear, or a model, tells apart; a distance."""
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -61,3 +62,26 @@ def _hertz(mels: Float[Tensor, " mels"], scale: MelScale) -> Float[Tensor, " mel
         return 700 * (10 ** (mels / 2595) - 1)
     above = _KNEE * torch.exp((mels - _KNEE * _LINEAR) / _STEP)
     return torch.where(mels < _KNEE * _LINEAR, mels / _LINEAR, above)
+
+
+_SCALES: Final = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}  # windows and their bands
+LONGEST_WINDOW: Final = max(_SCALES)
+
+
+def log_mel_distance(
+    made: Float[Tensor, "batch channels samples"], wave: Float[Tensor, "batch channels samples"], rate: int
+) -> Float[Tensor, ""]:
+    """DAC's: L1 of the logarithms of mel magnitudes at seven scales, added up (arXiv 2306.06546, 3.5).
+
+    The waveforms must be longer than half of `LONGEST_WINDOW`.
+    """
+    total = made.new_zeros((), dtype=torch.float32)
+    with torch.autocast(made.device.type, enabled=False):
+        rows = torch.cat([made, wave]).float().flatten(0, 1)
+        for window, bands in _SCALES.items():
+            shape = torch.hann_window(window, device=made.device)
+            spectra = torch.stft(rows, window, window // 4, window=shape, return_complex=True).abs()
+            mels = mel_filters(window // 2 + 1, bands, rate).to(rows).T @ spectra
+            mine, theirs = mels.clamp(min=1e-5).log10().chunk(2)
+            total = total + F.l1_loss(mine, theirs)
+    return total

@@ -87,7 +87,6 @@ class Constraint(Protocol):
 
 
 @runtime_checkable
-@runtime_checkable
 class Steps(Protocol):
     """What the loop needs of a model once its prompts are read."""
 

@@ -46,12 +46,13 @@ def continued(
         noise: of the chunk's shape.
         previous: at most a horizon of steps, from the first of the new chunk on.
         frozen: so many of them will have been carried out by the time that the chunk is there.
-        steps: of Euler's method.
+        steps: of Euler's method. The pull is bounded by as many, so that one step takes away an error at most once: the
+            paper has five of five.
     """
     horizon, left = noise.shape[1], previous.shape[1]
     prefix = F.pad(previous.to(noise), (0, 0, 0, horizon - left))
     weights = prefix_weights(horizon, frozen=frozen, until=left)
-    return euler(guided(velocity, prefix, weights), noise, steps=steps)
+    return euler(guided(velocity, prefix, weights, strongest=float(steps)), noise, steps=steps)
 
 
 def prefix_weights(horizon: int, *, frozen: int, until: int) -> Float[Tensor, " {horizon}"]:

@@ -52,6 +52,12 @@ class SpeechTokens:
         return self.no_timestamps + 1
 
     @property
+    def highest(self) -> int:
+        """The largest of all ids."""
+        named = (*self.languages.values(), *self.tasks.values(), *self.suppress, *self.suppress_first)
+        return max(self.start, self.end, self.first_time, self.previous or 0, *named)
+
+    @property
     def no_speech(self) -> int:
         """Said instead of a language where nobody speaks."""
         return self.no_timestamps - 1
@@ -79,10 +85,10 @@ class SpeechTokens:
             out.append(self.languages[language])
         elif language not in (None, "en"):
             raise UnsupportedError(f"this model knows English alone, not {language!r}")
-        if self.tasks:
+        if task in self.tasks:
             out.append(self.tasks[task])
         elif task != "transcribe":
-            raise UnsupportedError("this model transcribes English; it was not taught to translate")
+            raise UnsupportedError("this model was not taught to translate; it transcribes")
         return out if timestamps else [*out, self.no_timestamps]
 
 

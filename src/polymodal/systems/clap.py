@@ -167,10 +167,11 @@ class CLAP(Embedder):
             self.tokenizer = TextTokenizer.from_folder(folder, length=self.config.text.context)
         sounds = declared_sounds(folder)
         if isinstance(sounds, ClapMel):
-            if (sounds.long, sounds.num_mels) != (self.sounds.long, self.sounds.num_mels):
+            own, frames = self.sounds, self.config.audio.frames
+            if (sounds.long, sounds.num_mels) != (own.long, own.num_mels) or sounds.num_frames > frames:
                 raise ConfigError(
-                    f"{folder}: its spectrograms ({sounds.num_mels} mels, truncation {sounds.long}) are not what its "
-                    f"tower reads ({self.sounds.num_mels} mels, {self.sounds.long})"
+                    f"{folder}: its spectrograms ({sounds.num_mels} mels, {sounds.num_frames} frames, truncation "
+                    f"{sounds.long}) are not what its tower reads ({own.num_mels} mels, {frames} frames, {own.long})"
                 )
             self.sounds = sounds
 

@@ -19,6 +19,7 @@ from polymodal.modalities.audio import blocks
 from polymodal.nn.precision import Precision
 from polymodal.systems.base import System
 from polymodal.tokenizers.rvq import Quantised
+from polymodal.weights.format import Format
 
 C = TypeVar("C", bound="Codec")
 
@@ -91,6 +92,9 @@ class Codec(System):
         if precision == "bf16":
             raise UnsupportedError(f"{cls.__name__} runs in fp32 only: rounded vectors would have other codes")
         return super().from_folder(folder, format_name, precision="fp32")
+
+    def load_images(self, folder: Path, fmt: Format) -> None:
+        """A preprocessor in these folders is one of sound; the config says it all."""
 
     # -- training without discriminators; `Adversarial` trains as the papers do
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from polymodal.core.batch import Batch
 from polymodal.core.errors import ConfigError
 from polymodal.encoders.dac import DACDecoder, DACEncoder
-from polymodal.heads.codec import log_mel_distance
+from polymodal.nn.mel import log_mel_distance
 from polymodal.systems.base import Format, Reference
 from polymodal.systems.codec import Codec
 from polymodal.tokenizers.rvq import FactorisedQuantizer, Quantised

@@ -206,10 +206,11 @@ class MusicGen(System):
             MediaError: the sound would be longer than the decoder can make.
         """
         s, rate = sounding, self.sample_rate / self.hop
-        frames = max(1, round((SECONDS if s.seconds is None else s.seconds) * rate))
+        seconds = SECONDS if s.seconds is None else s.seconds
+        frames = max(1, round(seconds * rate))
         most = self.config.backbone.context - max(self.delays)
         if frames > most:
-            raise MediaError(f"{s.seconds:g} seconds; this model makes at most {most / rate:.1f}, and learned from 30")
+            raise MediaError(f"{seconds:g} seconds; this model makes at most {most / rate:.1f}")
         return Drawing(
             frames=frames, temperature=1.0 if s.temperature is None else s.temperature, top_k=s.top_k or TOP_K,
             guidance=GUIDANCE if s.guidance is None else s.guidance, seed=s.seed,

@@ -43,8 +43,8 @@ from polymodal.encoders.whisper import (
     whisper_encoder_rules,
     write_whisper_encoder,
 )
-from polymodal.modalities.audio import decode
-from polymodal.modalities.mel import PREPROCESSOR, WhisperMel, declared_sounds
+from polymodal.modalities.audio import blocks
+from polymodal.modalities.mel import PREPROCESSOR, WhisperMel, declared_whisper
 from polymodal.systems.generator import Generator
 from polymodal.tokenizers.chat import Placeholder
 from polymodal.weights.fields import Fields
@@ -135,11 +135,12 @@ class Qwen2Audio(Generator):
         for sound in pictures:
             if not isinstance(sound, Audio):
                 raise UnsupportedError(f"{type(self).__name__} reads no pictures and clips, it hears sound")
-            wave, mel = decode(sound, self.mel.sample_rate), self.mel
+            mel = self.mel
+            wave = next(blocks(sound, mel.sample_rate, mel.seconds + 1))  # what is too long is not read to its end
             if wave.shape[1] > mel.num_samples:
                 raise MediaError(
-                    f"{sound.where}: {wave.shape[1] / mel.sample_rate:.1f} s; this model hears {mel.seconds} s at a "
-                    "time: choose a piece with start and end"
+                    f"{sound.where}: this model hears {mel.seconds} s at a time, and it is longer: cut it, or choose a "
+                    "piece, Audio(path, start=..., end=...)"
                 )
             frames.append(-(-wave.shape[1] // mel.hop))
             spelled.append([self.config.audio_id] * heard_tokens(frames[-1]))
@@ -162,9 +163,7 @@ class Qwen2Audio(Generator):
 
     def load_processors(self, folder: Path) -> None:
         super().load_processors(folder)
-        declared = declared_sounds(folder)
-        if isinstance(declared, WhisperMel):
-            self.mel = declared
+        self.mel = declared_whisper(folder, self.mel)
 
     def save_processors(self, folder: Path) -> None:
         super().save_processors(folder)

@@ -21,7 +21,6 @@ sentence by sentence.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, final
@@ -35,7 +34,7 @@ from polymodal.backbones.conditioned import ConditionedConfig, ConditionedDecode
 from polymodal.backbones.encdec import EncDecMemory, StackConfig, Unbiased
 from polymodal.backbones.levels import LevelConfig, LevelTransformer
 from polymodal.core.batch import IGNORE, Batch, Loss, padded
-from polymodal.core.errors import ConfigError
+from polymodal.core.errors import ConfigError, UnsupportedError
 from polymodal.core.sounding import Sounding, Voice
 from polymodal.core.verbs import TensorSpec
 from polymodal.modalities.audio import decode
@@ -43,12 +42,11 @@ from polymodal.nn.init import cut_normal_
 from polymodal.samplers.delayed import Drawing, whole
 from polymodal.systems.base import System
 from polymodal.systems.seanet_codec import Chunk, EnCodecConfig, SEANetCodec
-from polymodal.tokenizers.phonemes import ENGLISH, PAUSE, Alphabet, phonemes
+from polymodal.tokenizers.phonemes import ENGLISH, PAUSE, Alphabet, phonemes, sentences
 from polymodal.tokenizers.rvq import agreed
 from polymodal.weights.native import native_format
 
 SECONDS: Final = 20.0  # of a sentence at most, as long as what the paper trains on
-_SENTENCE: Final = re.compile(r"(?<=[.!?])\s+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +253,9 @@ class VALLE(System):
         self, text: str, sounding: Sounding, *, voice: Voice | None = None
     ) -> Iterator[Float[Tensor, "channels samples"]]:
         """Speech, a sentence at a time, by the voice or, without one, by the voice that the first sentence got."""
-        said = [phonemes(sentence, self.config.voice) for sentence in _SENTENCE.split(text.strip())]
+        if sounding.guidance not in (None, 1):
+            raise UnsupportedError("VALL-E always learned from a text: there is nothing to guide it away from")
+        said = [phonemes(sentence, self.config.voice) for sentence in sentences(text)]
         if voice is None:
             return self._sentences(said, sounding, [], None)
         known = phonemes(voice.text, self.config.voice)

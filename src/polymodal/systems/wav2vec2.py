@@ -21,6 +21,7 @@ windows of 20 s that end between two words.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -233,8 +234,10 @@ class Wav2Vec2(Transcriber):
 
     # -- files
 
-    def load_images(self, folder: Path, fmt: Format) -> None:
-        return None
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights, the config and the pre-processing."""
+        return hashlib.sha256(repr((super().fingerprint, self.sounds)).encode()).hexdigest()[:16]
 
     def load_processors(self, folder: Path) -> None:
         if (folder / VOCAB).is_file():

@@ -99,11 +99,8 @@ def read_hf(raw: Mapping[str, Any]) -> tuple[Wav2Vec2Config, dict[str, str]]:
         head = read_fields(f, (*CODES, *GUMBEL))
         # Published files do not say it: the floor is that of the paper's BASE and LARGE.
         head["gumbel_floor"] = f.take(FLOOR, float, 0.1 if tower["conv_norm"] == "layer" else 0.5)
-    times, channels, hides = (
-        _spans(f, "time", 0.05, 2),
-        _spans(f, "feature", 0.0, 0),
-        f.take("apply_spec_augment", bool, True),
-    )
+    times, channels = _spans(f, "time", 0.05, 2), _spans(f, "feature", 0.0, 0)
+    hides = f.take("apply_spec_augment", bool, True)
     report = f.done()
     return Wav2Vec2Config(
         audio=Wav2Vec2TowerConfig(**tower),

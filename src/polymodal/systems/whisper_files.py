@@ -94,8 +94,12 @@ Heads: TypeAlias = tuple[tuple[int, int], ...]
 _SEARCH: Final = "how to search is `Decoding`'s to say"
 
 
-def read_generation(raw: Any) -> tuple[SpeechTokens, Heads]:
+def read_generation(raw: Any, c: CrossDecoderConfig) -> tuple[SpeechTokens, Heads]:
     """The control tokens, and (layer, head) of the attention that follows the sound; none if the file names none.
+
+    Args:
+        raw: of the file.
+        c: of the decoder that has these tokens and heads.
 
     Raises:
         ConfigError: a field is missing, broken or not understood.
@@ -132,6 +136,12 @@ def read_generation(raw: Any) -> tuple[SpeechTokens, Heads]:
     heads = [(pair[0], pair[1]) for pair in pairs if isinstance(pair, list) and len(pair) == 2]
     if len(heads) != len(pairs) or not all(isinstance(n, int) and n >= 0 for pair in heads for n in pair):
         f.problems.append(f"{GENERATION}: alignment_heads are not pairs of a layer and a head")
+    elif any(layer >= c.decoder.num_layers or head >= c.decoder.num_heads for layer, head in heads):
+        f.problems.append(
+            f"{GENERATION}: alignment_heads beyond {c.decoder.num_layers} layers of {c.decoder.num_heads} heads"
+        )
+    if speech.highest >= c.vocab_size:
+        f.problems.append(f"{GENERATION}: token {speech.highest} is not in a vocabulary of {c.vocab_size}")
     f.done()
     return speech, tuple(heads)
 

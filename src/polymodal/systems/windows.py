@@ -22,7 +22,7 @@ from polymodal.core.tokens import Modality, Tokens
 from polymodal.core.transcript import Heard, Listening
 from polymodal.encoders.whisper import WhisperEncoder
 from polymodal.modalities.audio import seconds
-from polymodal.modalities.mel import PREPROCESSOR, WhisperMel, declared_sounds
+from polymodal.modalities.mel import PREPROCESSOR, WhisperMel, declared_whisper
 from polymodal.samplers.speech import Decoding, Tape, hear_all
 from polymodal.samplers.timestamps import SpeechTokens
 from polymodal.systems.listening import Transcriber
@@ -151,10 +151,8 @@ class WindowListener(Transcriber):
         if (folder / GENERATION).is_file():
             raw = read_json(folder / GENERATION)
             if isinstance(raw, Mapping) and "no_timestamps_token_id" in raw:  # else it is of a bare backbone
-                self.tokens, self.heads = read_generation(raw)
-        declared = declared_sounds(folder)
-        if isinstance(declared, WhisperMel):
-            self.mel = declared
+                self.tokens, self.heads = read_generation(raw, self.config.backbone)
+        self.mel = declared_whisper(folder, self.mel)
 
     def save_processors(self, folder: Path) -> None:
         super().save_processors(folder)

@@ -15,9 +15,10 @@ _BETWEEN: Final = "_"
 _STRESS: Final = str.maketrans("", "", "ˈˌ")
 _FOREIGN: Final = re.compile(r"\([\w-]+\)")  # "(fr)": the language of a word that is none of the voice's
 PAUSE: Final = " "  # between words
+_END: Final = re.compile(r"(?<=[.!?])\s+")
 _ENGLISH: Final = """
-aɪ aɪɚ aʊ b d dʒ eɪ f h i iə iː j k l m n n̩ oʊ oːɹ p s t tʃ uː v w x z æ ð ŋ ɐ ɑː ɑːɹ ɔ ɔɪ ɔː ɔːɹ ə əl ɚ ɛ ɛɹ ɜː ɡ ɪ ɪɹ
-ɹ ɾ ʃ ʊ ʊɹ ʌ ʒ ʔ θ ᵻ
+aɪ aɪə aɪɚ aʊ b d dʒ eɪ f h i iə iː j k l m n n̩ oʊ oː oːɹ p s t tʃ uː v w x z æ ð ŋ ɐ ɑː ɑːɹ ɔ ɔɪ ɔː ɔːɹ ə əl ɚ ɛ ɛɹ ɜː
+ɡ ɪ ɪɹ ɹ ɾ ʃ ʊ ʊɹ ʌ ʒ ʔ θ ᵻ
 """
 ENGLISH: Final = (PAUSE, *_ENGLISH.split())  # all that the voice en-us says
 
@@ -26,7 +27,7 @@ def phonemes(text: str, voice: str = "en-us") -> list[str]:
     """The phonemes of a text in the alphabet of the IPA, without stress, a `PAUSE` between words.
 
     Raises:
-        MediaError: the text is not text, or nothing in it can be said.
+        MediaError: the text is not text, too long, or nothing in it can be said.
         UnsupportedError: espeak-ng is not installed, or has no such voice.
     """
     command = ["espeak-ng", "-q", "--ipa=1", f"--sep={_BETWEEN}", "-v", voice, "--stdin"]
@@ -34,6 +35,8 @@ def phonemes(text: str, voice: str = "en-us") -> list[str]:
         done = subprocess.run(command, input=checked_text(text).encode(), capture_output=True, check=True, timeout=60)
     except FileNotFoundError:
         raise UnsupportedError("phonemes need the program espeak-ng: apt install espeak-ng") from None
+    except subprocess.TimeoutExpired:
+        raise MediaError(f"a text of {len(text):,} letters is too long for espeak-ng; say it in parts") from None
     except subprocess.CalledProcessError as error:
         raise UnsupportedError(f"espeak-ng has no voice {voice!r}: {error.stderr.decode(errors='replace')}") from None
     words = _FOREIGN.sub("", done.stdout.decode()).translate(_STRESS).split()
@@ -42,6 +45,11 @@ def phonemes(text: str, voice: str = "en-us") -> list[str]:
     if not out:
         raise MediaError(f"nothing in {text[:40]!r} can be said")
     return out
+
+
+def sentences(text: str) -> list[str]:
+    """A text in sentences; pieces without a letter or a digit are left out, unless there is nothing else."""
+    return [piece for piece in _END.split(text.strip()) if any(c.isalnum() for c in piece)] or [text]
 
 
 class Alphabet:
