@@ -268,7 +268,8 @@ class Homing(Clock):
 
 def away(way: Any) -> tuple[float, float]:
     """How far from home, root mean square: while nothing happens, and from 14 steps after a push of ten on."""
-    calm, pushed = [], []
+    calm: list[float] = []
+    pushed: list[float] = []
     for seed in range(4):
         player, place = Player(Homing(), way, generator=torch.Generator().manual_seed(seed)), 0.0
         for t in range(60):

@@ -44,13 +44,13 @@ def place(scene: int) -> float:
 
 
 def follow(actor: Acts, scene: int) -> float:
-    """One or two chunks: each is to be where the state says."""
+    """One or two answers: each is to lead where the state says."""
     missed = []
     for step in range(1 + scene % 2):
         seen = Observation(state=np.array([place(scene)], np.float32), instruction=TEXTS[step])
-        chunk = actor.act(actor.observe([seen]))
-        missed.append(float((chunk - place(scene)).abs().mean()))
-    return float(np.mean(missed) < 0.3)
+        led = float(actor.act(actor.observe([seen]))[:, :2].mean())
+        missed.append(abs(led - place(scene)))
+    return float(np.mean(missed) < 0.2)
 
 
 def practice(model: Any = None, attempt: Attempt = follow, **more: Any) -> Practice:
@@ -131,14 +131,14 @@ def test_a_policy_that_samples_is_refused() -> None:
         practice(policy(Flow(hidden_dim=16, num_layers=1, steps=2))).loss(Batch(scene=torch.tensor([1, 2])))
 
 
-def run(steps: int = 40, attempt: Attempt = follow) -> Run:
+def run(steps: int = 20, attempt: Attempt = follow) -> Run:
     return Run(
         name="practice",
         header=HEADER,
         model=lambda: practice(attempt=attempt),
         stages=[
             Stage(
-                name="practise", steps=steps, batch_size=8, source=lambda: Scenes(1000), lr=3e-3, schedule=Constant(),
+                name="practise", steps=steps, batch_size=8, source=lambda: Scenes(1000), lr=1e-3, schedule=Constant(),
                 workers=0,
             )
         ],
@@ -164,9 +164,9 @@ def test_the_known_optimum_of_a_bandit_is_found_and_fled_where_it_costs(sign: fl
     after = missed(fit(run(attempt=attempt), tmp_path, device="cpu").model.policy.eval())
     assert before > 0.25
     if sign > 0:
-        assert after < 0.1
+        assert after < 0.15
     else:
-        assert after > before + 0.25
+        assert after > before + 0.1
 
 
 def test_it_comes_to_do_what_is_rewarded_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -178,9 +178,9 @@ def test_it_comes_to_do_what_is_rewarded_and_goes_on_where_it_stopped(tmp_path: 
     assert isinstance(whole.model, Practice)
     assert before < 0.8
     assert kept(whole.model.policy) > before + 0.15
-    fit(run(), tmp_path / "parts", device="cpu", until_step=17)
+    fit(run(), tmp_path / "parts", device="cpu", until_step=8)
     parts = fit(run(), tmp_path / "parts", device="cpu")
     for mine, other in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, other)
     rewards = [line["reward"] for line in read_curve(tmp_path / "whole/metrics.jsonl") if "reward" in line]
-    assert len(rewards) == 40
+    assert len(rewards) == 20
