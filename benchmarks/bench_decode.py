@@ -5,7 +5,7 @@
 Bars: one stream in fp32 >= transformers' greedy `generate`; int8 >= 3x it; 8 streams >= 4x the tokens of one.
 A Llama of random weights (300M parameters with the defaults, about the least that people talk to), saved by
 transformers, loaded by both, answers a prompt of 32 tokens greedily, the reading of the prompt included. ``packed`` is
-fp32 with the weights laid out as oneDNN reads them (`polymodal.nn.packed`), as the command line has them. All take turns
+fp32 with the weights laid out as oneDNN reads them (`polymodal.nn.packed`), as commands have them. All take turns
 on one thread, and the ratios are those of the medians of CPU time: what else runs on the machine takes no part. What
 int8 costs is given as the error of the scores along a greedy answer; random weights have no text to be worse at.
 """

@@ -50,7 +50,7 @@ def follow(actor: Acts, scene: int) -> float:
         seen = Observation(state=np.array([place(scene)], np.float32), instruction=TEXTS[step])
         led = float(actor.act(actor.observe([seen]))[:, :2].mean())
         missed.append(abs(led - place(scene)))
-    return float(np.mean(missed) < 0.2)
+    return -float(np.mean(missed))
 
 
 def practice(model: Any = None, attempt: Attempt = follow, **more: Any) -> Practice:
@@ -131,14 +131,14 @@ def test_a_policy_that_samples_is_refused() -> None:
         practice(policy(Flow(hidden_dim=16, num_layers=1, steps=2))).loss(Batch(scene=torch.tensor([1, 2])))
 
 
-def run(steps: int = 20, attempt: Attempt = follow) -> Run:
+def run(attempt: Attempt = follow, lr: float = 3e-3) -> Run:
     return Run(
         name="practice",
         header=HEADER,
         model=lambda: practice(attempt=attempt),
         stages=[
             Stage(
-                name="practise", steps=steps, batch_size=8, source=lambda: Scenes(1000), lr=1e-3, schedule=Constant(),
+                name="practise", steps=20, batch_size=8, source=lambda: Scenes(1000), lr=lr, schedule=Constant(),
                 workers=0,
             )
         ],
@@ -161,7 +161,7 @@ def test_the_known_optimum_of_a_bandit_is_found_and_fled_where_it_costs(sign: fl
         return max(abs(answer(model, scene) - BEST) for scene in range(2000, 2020))
 
     before = missed(policy().eval())
-    after = missed(fit(run(attempt=attempt), tmp_path, device="cpu").model.policy.eval())
+    after = missed(fit(run(attempt, 1e-3), tmp_path, device="cpu").model.policy.eval())
     assert before > 0.25
     if sign > 0:
         assert after < 0.15
@@ -171,12 +171,11 @@ def test_the_known_optimum_of_a_bandit_is_found_and_fled_where_it_costs(sign: fl
 
 def test_it_comes_to_do_what_is_rewarded_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     def kept(model: Any) -> float:
-        return float(np.mean([follow(model, scene) for scene in range(2000, 2060)]))
+        return float(np.mean([follow(model, scene) for scene in range(2000, 2040)]))
 
     before = kept(policy().eval())
     whole = fit(run(), tmp_path / "whole", device="cpu")
     assert isinstance(whole.model, Practice)
-    assert before < 0.8
     assert kept(whole.model.policy) > before + 0.15
     fit(run(), tmp_path / "parts", device="cpu", until_step=8)
     parts = fit(run(), tmp_path / "parts", device="cpu")

@@ -240,10 +240,21 @@ class MiniWoB(RobotEnv):
                     button="right" if act.kind == "right_click" else "left",
                     click_count=2 if act.kind == "double_click" else 1,
                 )
-        if page.evaluate(_STATE) is None:  # nothing to look at: a page on its way may show no picture
+        if self._told(page) is None:  # nothing to look at: a page on its way may show no picture
             return None
         self._look(page)
-        return page.evaluate(_STATE)
+        return self._told(page)
+
+    def _told(self, page: Page) -> list[Any] | None:
+        """Whether the episode is done, and the reward; None where the page was left or is being left."""
+        from playwright.sync_api import Error
+
+        try:
+            return page.evaluate(_STATE)
+        except Error as e:
+            if "context was destroyed" in e.message:
+                return None
+            raise
 
     def _advice(self, page: Page, code: str) -> ScreenAction:
         said = page.evaluate(code, list(within(self._pointer, (WIDTH, HEIGHT))))
