@@ -77,7 +77,7 @@ def run(stated: Stated = REACH, *, cloned: int = 900, practised: int = 80, tried
             Stage(
                 name="practise", steps=practised, batch_size=8, source=lambda: Scenes(2**20, first=PRACTISED), lr=5e-4,
                 schedule=Cosine(warmup=min(5, practised // 10)), ema=0.9, workers=0,
-                trainable={"policy.trunk": 1, "policy.head": 1},  # the words say nothing that the state does not
+                trainable={"policy.trunk": 1.0, "policy.head": 1.0},  # the words say nothing that the state does not
             ),
         ],
         evaluate=evaluate,

@@ -32,7 +32,7 @@ def test_answers_and_actions_are_those_of_the_scene() -> None:
             if said is not None:
                 assert text == said[row]
             else:
-                assert np.abs(policy.to_robot(policy.bins.decode([text])) - shown.places[row]).max() <= 1 / 256
+                assert np.abs(policy.to_robot(policy.bins.decode([text])).numpy() - shown.places[row]).max() <= 1 / 256
 
 
 def test_what_is_asked_later_was_never_shown() -> None:
@@ -42,7 +42,7 @@ def test_what_is_asked_later_was_never_shown() -> None:
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_run_trains_and_is_tried_out(alone: bool, tmp_path: Path) -> None:
-    result = fit(cotrain.run(alone=alone, learned=20, asked=3, steps=(2, 2)), tmp_path, device="cpu")
+    result = fit(cotrain.run(alone=alone, learned=40, asked=3, steps=(2, 2)), tmp_path, device="cpu")
     assert result.finished
     assert result.metrics.keys() >= cotrain.BARS.keys()
 

@@ -15,7 +15,7 @@ from recipes.nano import acting, reach_rl
 
 
 def test_a_run_clones_practises_and_is_tried_out(tmp_path: Path) -> None:
-    stated = replace(reach_rl.REACH, episodes=3)
+    stated = replace(reach_rl.REACH, episodes=12)
     result = fit(reach_rl.run(stated, cloned=3, practised=1, tried=2), tmp_path, device="cpu")
     assert result.finished
     assert result.metrics.keys() >= reach_rl.BARS.keys()
