@@ -244,7 +244,7 @@ def test_what_is_wrong_is_one_message(arguments: list[str], error: str, place: P
 
 def test_what_cannot_be_asked(place: Path, told: Told, capsys: pytest.CaptureFixture[str]) -> None:
     if "polymodal/nano-clip" in shipped():
-        told("questions", error="writes no text", name="polymodal/nano-clip")
+        told("questions", error="answers no questions", name="polymodal/nano-clip")
     other = str(talking("llava_next").save(place / "other"))
     told("questions", "--limit", "1", "--out", "cards")
     told("questions", "--limit", "1", "--out", "cards", error="holds answers of .*give another name", name=other)

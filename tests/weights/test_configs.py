@@ -182,7 +182,8 @@ def test_a_wrong_size_is_refused(name: str, folder: Path) -> None:
 @every_system("config: numbers that cannot be are refused")
 @pytest.mark.parametrize("value", [0, -1, 10**30, float("nan"), float("inf"), True, None, "12", 1.5])
 def test_a_size_that_cannot_be_is_refused(name: str, folder: Path, value: Any) -> None:
-    sizes = [path for path, what in handled(name, folder).items() if what == "read" and path[-1].endswith("size")]
+    named = ("size", "height", "width")
+    sizes = [path for path, what in handled(name, folder).items() if what == "read" and path[-1].endswith(named)]
     assert sizes
     text = message(changed(folder, dict.fromkeys(sizes, value)))
     assert all(f"{': '.join(path)} is" in text for path in sizes), text
