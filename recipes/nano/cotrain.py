@@ -2,7 +2,7 @@
 
 command   polymodal train recipes/nano/cotrain.py --out runs/nano-cotrain
 machine   1 CPU core
-time      2 minutes
+time      50 seconds
 expected  see `BARS`; in pictures that were never shown
 
 RT-2 at nano size learns first to say which colour a thing has, then to put it away where things of its colour go: its
@@ -169,7 +169,7 @@ def run(*, alone: bool = False, learned: int = LEARNED, asked: int = ASKED, step
         name="nano-cotrain",
         header=Header(
             command="polymodal train recipes/nano/cotrain.py --out runs/nano-cotrain",
-            machine="1 CPU core", time="2 minutes", expected="answers 0.70, actions 0.70",
+            machine="1 CPU core", time="50 seconds", expected="answers 0.70, actions 0.70",
         ),
         model=policy,
         stages=[
