@@ -438,7 +438,7 @@ module.COMMIT_SECONDS = 0.0
 ingest.BATCH = 3
 index = module.Index.open(sys.argv[1])
 print("ready", flush=True)
-report = index.update(Histogram(pause=0.02), [sys.argv[2]], progress=lambda p: print(p.done, flush=True))
+report = index.update(Histogram(pause=0.05), [sys.argv[2]], progress=lambda p: print(p.done, flush=True))
 print("end", report, flush=True)
 """
 

@@ -305,7 +305,7 @@ def _print_card(card: Any, page: Path) -> None:
     print(f"card: {plain(str(page))}, .json beside it")
 
 
-def _with_settings(sub: argparse.ArgumentParser, writer: str = WRITER, note: str = ", once it is shipped") -> None:
+def _with_settings(sub: argparse.ArgumentParser, writer: str = WRITER, note: str = "") -> None:
     with_model(sub, writer + note)
     sub.set_defaults(model=writer)
     sub.add_argument("--max-tokens", type=count, default=256, metavar="N", help="tokens at most (default: 256)")
