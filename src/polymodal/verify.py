@@ -28,7 +28,7 @@ from polymodal.api import identify
 from polymodal.core.batch import Batch
 from polymodal.core.errors import PolymodalError, WeightsError
 from polymodal.core.files import file_hash, read_json
-from polymodal.core.verbs import Trains
+from polymodal.core.verbs import Generates, Trains
 from polymodal.nn.skeleton import skeleton
 from polymodal.systems.base import System
 from polymodal.weights.fields import FieldsError
@@ -229,8 +229,10 @@ def _processors(system: System) -> Check:
     """A tokenizer that gives ids beyond the embeddings would fail on some texts only."""
     ids = system.inputs_spec().get("ids")
     has = [what for what, part in (("images", system.images), ("texts", system.tokenizer)) if part is not None]
-    if system.tokenizer is not None and ids is not None and system.tokenizer.vocab_size > ids.high:
-        problem = f"the tokenizer has ids up to {system.tokenizer.vocab_size - 1:,}, the model embeds {ids.high:,}"
+    # Ids that may be drawn at random end before a placeholder; those that a language model embeds do not.
+    embedded = system.vocab_size if isinstance(system, Generates) else 0 if ids is None else ids.high
+    if system.tokenizer is not None and ids is not None and system.tokenizer.vocab_size > embedded:
+        problem = f"the tokenizer has ids up to {system.tokenizer.vocab_size - 1:,}, the model embeds {embedded:,}"
         return _failed("processors", [problem])
     return _passed("processors", f"for {' and '.join(has)}" if has else "none")
 
