@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import polymodal
 from polymodal.core.errors import ConfigError
 from polymodal.nn.packed import PackedLinear, can_pack, pack
 from polymodal.samplers.autoregressive import Settings, complete
+from polymodal.systems.base import System
+from tests.nano import nano
 from tests.toy_lm import ToyLM, tokenizer
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this torch has no oneDNN")
@@ -39,6 +45,25 @@ def test_every_linear_layer_is_replaced_and_the_greedy_tokens_stay() -> None:
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
     with torch.inference_mode():
         assert [answer.ids for answer in complete(model, model.prompt(chats), settings, words)] == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_state_is_that_of_the_layer(dtype: torch.dtype, bias: bool) -> None:
+    plain = nn.Sequential(nn.Linear(17, 33, bias=bias), nn.LayerNorm(33)).to(dtype)
+    packed = pack(copy.deepcopy(plain)).state_dict()
+    assert packed.keys() == plain.state_dict().keys()
+    assert all(torch.equal(packed[name], tensor) for name, tensor in plain.state_dict().items())
+
+
+def test_an_index_serves_a_packed_model_and_a_packed_model_can_be_saved(tmp_path: Path) -> None:
+    plain = nano("clip")
+    assert isinstance(plain, System)
+    folder = plain.save(tmp_path / "plain")
+    packed = polymodal.load(folder)
+    pack(packed)
+    assert packed.fingerprint == polymodal.load(folder).fingerprint
+    assert polymodal.load(packed.save(tmp_path / "packed")).fingerprint == packed.fingerprint
 
 
 def test_a_layer_elsewhere_is_refused() -> None:

@@ -6,29 +6,38 @@ time than one (`python -m benchmarks.bench_decode`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from polymodal.core.errors import ConfigError
+from polymodal.nn.replace import replace_linear
 
 _ROWS = 8  # of the products that the layout is chosen for; it serves others nearly as well
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with a packed weight of the same precision; without parameters, neither trained nor saved."""
+    """A linear layer with a packed weight of the same precision. It is not trained; its state is that of the layer."""
 
     def __init__(self, weight: Float[Tensor, "out dim"], bias: Float[Tensor, " out"] | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
-        self._bias = None if bias is None else bias.detach()
+        self.bias: Tensor | None
+        self.register_buffer("bias", None if bias is None else bias.detach())
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch out"]:
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """What the layer had, bit for bit: a packed model has the fingerprint of the plain one, and can be saved."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self._packed.to_dense()
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self._bias is not None}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def can_pack() -> bool:
@@ -47,11 +56,4 @@ def pack(model: nn.Module) -> nn.Module:
     """
     if not can_pack():
         raise ConfigError("packing needs oneDNN, which this build of torch does not have")
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or not name:
-            continue
-        if module.weight.device.type != "cpu":
-            raise ConfigError(f"{name} is on {module.weight.device}: packed layers run on the CPU")
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, PackedLinear(module.weight, module.bias))
-    return model
+    return replace_linear(model, PackedLinear, "packed")

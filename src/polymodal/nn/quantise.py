@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polymodal.core.errors import ConfigError, did_you_mean
+from polymodal.core.errors import ConfigError
+from polymodal.nn.replace import replace_linear
 
 _LEVELS = 127
 
@@ -61,16 +62,4 @@ def quantise_int8(model: nn.Module, *, skip: Sequence[str] = ()) -> nn.Module:
     """
     if torch.backends.quantized.engine not in ("x86", "fbgemm", "onednn"):
         raise ConfigError(f"int8 needs torch's x86 kernels; this build has {torch.backends.quantized.engine}")
-    known = {name for name, _ in model.named_modules()}
-    for name in skip:
-        if name not in known:
-            raise ConfigError(f"skip: there is no module {name!r}{did_you_mean(name, known)}")
-    kept = tuple(f"{name}." for name in skip)
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or not name or f"{name}.".startswith(kept):
-            continue
-        if module.weight.device.type != "cpu":
-            raise ConfigError(f"{name} is on {module.weight.device}: int8 layers run on the CPU")
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, Int8Linear(module.weight, module.bias))
-    return model
+    return replace_linear(model, Int8Linear, "int8", skip=skip)
