@@ -26,6 +26,14 @@ from polymodal.moments import moments, spans
 SECONDS, EVERY, LASTS, WITHIN, SIZE = 1800, 20, 8, 5, 160
 
 
+def without(asked: shapes.Thing, rng: np.random.Generator) -> shapes.Scene:
+    """A scene of a lone thing that is not the one that is asked for."""
+    while True:
+        scene = shapes.scene(rng, objects=1)
+        if (scene.things[0].colour, scene.things[0].shape) != (asked.colour, asked.shape):
+            return scene
+
+
 def film(path: Path, rng: np.random.Generator) -> tuple[shapes.Thing, int]:
     """Writes a film; the thing that it shows for a while, and from which second on."""
     event, at = shapes.scene(rng, objects=1), int(rng.integers(60, SECONDS - 60))
@@ -35,10 +43,8 @@ def film(path: Path, rng: np.random.Generator) -> tuple[shapes.Thing, int]:
         stream: Any = out.add_stream("libx264", rate=1)
         stream.width = stream.height = SIZE
         for second in range(SECONDS):
-            while second % EVERY == 0:
-                scene = shapes.scene(rng, objects=1)
-                if (scene.things[0].colour, scene.things[0].shape) != (asked.colour, asked.shape):
-                    break
+            if second % EVERY == 0:
+                scene = without(asked, rng)
             shown = event if at <= second < at + LASTS else scene
             out.mux(stream.encode(av.VideoFrame.from_ndarray(shapes.render(shown, SIZE))))
         out.mux(stream.encode(None))

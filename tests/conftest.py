@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch and the Hub client are imported, and for the processes that tests start too.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
@@ -19,6 +20,9 @@ from jaxtyping import install_import_hook
 
 assert "polymodal" not in sys.modules, "polymodal was imported before its annotations could be checked"
 install_import_hook("polymodal", "beartype.beartype")
+
+if TYPE_CHECKING:
+    from polymodal.train import Result, Run
 
 pytest_plugins = ["tests.proofs"]
 
@@ -44,6 +48,22 @@ def run_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str]
     """Where the whole run of a recipe lives, by its name."""
     kept: Path | None = request.config.getoption("--runs")
     return lambda name: (kept or tmp_path) / name
+
+
+@pytest.fixture
+def whole_run(run_folder: Callable[[str], Path]) -> Callable[[Run], Result]:
+    """Trains a recipe to its end (or goes on, see ``--runs``) and holds it to its bars, then and with today's code."""
+    from polymodal.train import fit
+    from tests.bars import missed
+
+    def reached(run: Run) -> Result:
+        result = fit(run, run_folder(run.name))
+        assert result.finished
+        assert all(result.reached.values()), result.metrics
+        assert not (below := missed(run, result.model)), below
+        return result
+
+    return reached
 
 
 @pytest.hookimpl(trylast=True)  # after -m has taken tests away: those that it left out need no reason

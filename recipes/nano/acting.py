@@ -172,3 +172,22 @@ class Lessons:
             for row in rows
         ]
         return self._policy.lesson(seen, torch.from_numpy(shown.actions[self._ahead[rows]]), self._valid[rows])
+
+
+class Ready:
+    """Lessons that were made at once: of single steps, the bookkeeping can cost as much as the training."""
+
+    def __init__(self, lessons: Batch) -> None:
+        self._lessons = lessons
+
+    def __len__(self) -> int:
+        return self._lessons.size
+
+    def batch(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
+        return self._lessons.take(indices)
+
+
+def at_once(policy: Policy, shown: Demonstrations) -> Ready:
+    """Every step of demonstrations that need no new words or pictures each time."""
+    lessons = Lessons(policy, shown)
+    return Ready(lessons.batch(range(len(lessons)), np.random.default_rng(0)))

@@ -14,7 +14,6 @@ demonstrations alone: beside it the bars say what co-training keeps.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Final
@@ -29,7 +28,6 @@ from polymodal.asking import answers
 from polymodal.backbones.decoder import AttentionConfig, DecoderConfig, Gated
 from polymodal.backbones.families import ControlIds
 from polymodal.connectors.mlp import Linear
-from polymodal.core.batch import Batch
 from polymodal.core.chat import Chat, Turn
 from polymodal.core.observation import Observation
 from polymodal.core.sample import Image, Text
@@ -44,6 +42,7 @@ from polymodal.systems.prefix import TOWER
 from polymodal.systems.rt2 import ROBOT_SHARE, RT2, RT2Config
 from polymodal.tokenizers.language import LanguageTokenizer
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
+from recipes.nano.acting import Ready
 from recipes.nano.scenes import close_up
 
 SIZE: Final = 32
@@ -99,19 +98,6 @@ class Shown:
     @property
     def places(self) -> Float32[np.ndarray, "count 1 2"]:
         return np.array([[PLACES[thing.colour]] for thing in self.things], np.float32)
-
-
-class Ready:
-    """Lessons that were made at once."""
-
-    def __init__(self, lessons: Batch) -> None:
-        self._lessons = lessons
-
-    def __len__(self) -> int:
-        return self._lessons.size
-
-    def batch(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
-        return self._lessons.take(indices)
 
 
 def tokenizer() -> LanguageTokenizer:

@@ -10,7 +10,6 @@ expected  see `BARS`; in closed loop, told in words that were never trained
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Final
 
@@ -22,13 +21,11 @@ from polymodal.act.chunks import Player, Receding
 from polymodal.act.envs import make
 from polymodal.act.guard import Guard
 from polymodal.act.runner import run as run_loop
-from polymodal.core.batch import Batch
-from polymodal.core.observation import Observation
 from polymodal.encoders.trunk import StateTrunk
 from polymodal.systems.behaviour import BehaviourCloning
 from polymodal.systems.chunk_heads import L1, Bins, Flow, Head
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
-from recipes.nano.acting import Demonstrations, fresh
+from recipes.nano.acting import Demonstrations, at_once, fresh
 
 EPISODES = 600
 HORIZON, EXECUTE = 8, 4
@@ -76,24 +73,6 @@ def policy(head: Head) -> BehaviourCloning:
     return fresh("metaworld", demonstrations(), StateTrunk(state_width=39), head, HORIZON)
 
 
-class Lessons:
-    """Every step of every demonstration, with the actions of the next steps."""
-
-    def __init__(self, model: BehaviourCloning) -> None:
-        shown = demonstrations()
-        ahead, valid = shown.ahead(HORIZON)
-        told = [shown.told[number] for number in shown.episode]
-        seen = [Observation(state=s, instruction=t) for s, t in zip(shown.states, told, strict=True)]
-        # All at once: of single steps, the bookkeeping would cost as much as the training.
-        self._all = model.lesson(seen, torch.from_numpy(shown.actions[ahead]), valid)
-
-    def __len__(self) -> int:
-        return self._all.size
-
-    def batch(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
-        return self._all.take(indices)
-
-
 def succeed(model: BehaviourCloning, *, reworded: bool, episodes: int = 100) -> float:
     """The share of episodes, of all tasks in turn, that are done in closed loop, behind a guard."""
     env = make("metaworld/mt10", cameras=(), privileged=True, reworded=reworded)
@@ -120,7 +99,8 @@ def run(head: Head | None = None, steps: int | None = None) -> Run:
         model=lambda: policy(head),
         stages=[
             Stage(
-                name="clone", steps=steps, batch_size=256, source=lambda: Lessons(policy(head)), lr=1e-3,
+                name="clone", steps=steps, batch_size=256, lr=1e-3,
+                source=lambda: at_once(policy(head), demonstrations()),
                 schedule=Cosine(warmup=min(100, steps // 10)), weight_decay=1e-4, betas=(0.9, 0.95), clip=1.0, ema=0.99,
                 workers=0,
             )

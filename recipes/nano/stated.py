@@ -6,7 +6,6 @@ actions cost, what practice adds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,14 +19,12 @@ from polymodal.act.envs.tabletop import Tabletop
 from polymodal.act.guard import Guard
 from polymodal.act.runner import Report
 from polymodal.act.runner import run as run_loop
-from polymodal.core.batch import Batch
-from polymodal.core.observation import Observation
 from polymodal.core.verbs import Acts
 from polymodal.encoders.trunk import StateTrunk
 from polymodal.recording import demonstrate
 from polymodal.systems.behaviour import BehaviourCloning
 from polymodal.systems.chunk_heads import L1, Head
-from recipes.nano.acting import TRIED, Demonstrations, fresh
+from recipes.nano.acting import TRIED, Demonstrations, Ready, at_once, fresh
 
 
 class Pointed(Tabletop):
@@ -86,8 +83,8 @@ class Stated:
         trunk = StateTrunk(state_width=shown.states.shape[1], dim=self.dim, num_layers=self.num_layers)
         return fresh("tabletop", shown, trunk, self.head, self.horizon)
 
-    def lessons(self) -> Lessons:
-        return Lessons(self.policy(), self.demonstrations())
+    def lessons(self) -> Ready:
+        return at_once(self.policy(), self.demonstrations())
 
     def trial(
         self, policy: Acts, episodes: int, way: Way | None = None, *, seed: int = TRIED
@@ -101,19 +98,3 @@ class Stated:
                 env, player, guard, episodes=episodes, seed=seed, progress=lambda *_: played.append(player.played)
             )
         return report, played
-
-
-class Lessons:
-    """Every step of every demonstration, with the actions of the next steps, made ready at once."""
-
-    def __init__(self, model: BehaviourCloning, shown: Demonstrations) -> None:
-        ahead, valid = shown.ahead(model.horizon)
-        told = [shown.told[number] for number in shown.episode]
-        seen = [Observation(state=s, instruction=t) for s, t in zip(shown.states, told, strict=True)]
-        self._all = model.lesson(seen, torch.from_numpy(shown.actions[ahead]), valid)
-
-    def __len__(self) -> int:
-        return self._all.size
-
-    def batch(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
-        return self._all.take(indices)

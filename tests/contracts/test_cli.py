@@ -409,3 +409,9 @@ def test_demo(place: Path) -> None:
         assert done.stdout.count("never seen in training") >= 5
         assert (" 0 indexed now" in done.stdout) == again
         assert (place / "demo/search.html").stat().st_size > 20_000
+    # The README's second command: the model that searches is the one that indexed.
+    done = subprocess.run(
+        [*POLYMODAL, "search", "umbrella", "--index", "demo/index"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "umbrella" in done.stdout

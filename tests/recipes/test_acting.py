@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("mujoco")
 
 import polymodal
 from polymodal.modalities.image import ImageProcessor
-from polymodal.train import Run, fit
+from polymodal.train import Result, Run, fit
 from recipes.nano import acting, pick_place, reach
 
 TINY = [replace(whole, episodes=4, tried=2) for whole in (reach.REACH, pick_place.PICK_PLACE)]
@@ -72,12 +71,5 @@ def test_the_shipped_policy_does_what_it_is_told() -> None:
         for name, recipe in (("reach", reach), ("pick_place", pick_place))
     ],
 )
-def test_a_whole_run_reaches_its_numbers(run: Callable[..., Run], run_folder: Callable[[str], Path]) -> None:
-    whole = run()
-    result = fit(whole, run_folder(whole.name))
-    assert result.finished
-    assert whole.evaluate is not None
-    with torch.no_grad():  # again, with today's code, of a run that was kept
-        metrics = whole.evaluate(result.model)
-    missed = [f"{m}: {metrics[m]:.3f} < {bar.value}" for m, bar in whole.expect.items() if metrics[m] < bar.value]
-    assert not missed, missed
+def test_a_whole_run_reaches_its_numbers(run: Callable[..., Run], whole_run: Callable[[Run], Result]) -> None:
+    whole_run(run())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from polymodal.train import Result, Run, fit
+
 pytest.importorskip("minigrid")
 
-from polymodal.train import fit
 from recipes.nano import babyai
 from recipes.nano.acting import Lessons
 
@@ -42,6 +44,5 @@ def test_a_run_trains_and_is_tried_out(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.proves("behaviour_cloning", "recipe nano/babyai: rooms that are new to it")
-def test_a_whole_run_reaches_its_numbers(tmp_path: Path) -> None:
-    result = fit(babyai.run(), tmp_path)
-    assert all(result.reached.values()), result.metrics
+def test_a_whole_run_reaches_its_numbers(whole_run: Callable[[Run], Result]) -> None:
+    whole_run(babyai.run())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from polymodal.core.batch import IGNORE
 from polymodal.data.worlds import shapes
-from polymodal.train import fit
+from polymodal.train import Result, Run, fit
 from recipes.nano import cotrain
 
 
@@ -50,10 +51,10 @@ def test_a_run_trains_and_is_tried_out(alone: bool, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.proves("rt2", "recipe nano/cotrain: language survives actions, in pictures that are new")
-def test_a_whole_run_keeps_what_actions_alone_lose(tmp_path: Path) -> None:
-    kept = fit(cotrain.run(), tmp_path / "mixed")
-    assert all(kept.reached.values()), kept.metrics
-    lost = fit(cotrain.run(alone=True), tmp_path / "alone")
+def test_a_whole_run_keeps_what_actions_alone_lose(
+    whole_run: Callable[[Run], Result], run_folder: Callable[[str], Path]
+) -> None:
+    kept, lost = whole_run(cotrain.run()), fit(cotrain.run(alone=True), run_folder("nano-cotrain-alone"))
     assert lost.metrics["answers"] < kept.metrics["answers"] - 0.3
     assert lost.metrics["actions"] < kept.metrics["actions"] + 0.1
 

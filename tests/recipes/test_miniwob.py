@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from polymodal.train import Result, Run, fit
 
 pytest.importorskip("miniwob")
 pytest.importorskip("playwright")
@@ -15,7 +18,6 @@ if shutil.which("chromium") is None:
 
 from polymodal.act.envs.web.actions import from_vector
 from polymodal.act.envs.web.oracles import ORACLES
-from polymodal.train import fit
 from recipes.nano import miniwob
 from recipes.nano.acting import Lessons
 
@@ -47,6 +49,5 @@ def test_lessons_a_tiny_run_and_what_it_does(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.proves("screen", "recipe nano/miniwob: twelve tasks on pages that are new to it")
-def test_a_whole_run_reaches_its_numbers(tmp_path: Path) -> None:
-    result = fit(miniwob.run(), tmp_path)
-    assert all(result.reached.values()), result.metrics
+def test_a_whole_run_reaches_its_numbers(whole_run: Callable[[Run], Result]) -> None:
+    whole_run(miniwob.run())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from polymodal.systems.encodec import EnCodec
 from polymodal.systems.valle import VALLE
 from polymodal.tokenizers.phonemes import PAUSE, Alphabet
 from polymodal.tokenizers.rvq import usage
-from polymodal.train import fit
+from polymodal.train import Result, Run, fit
 from polymodal.weights.hub import shipped
 from recipes.nano import coded, encodec, musicgen, valle, wav2vec2
 from recipes.nano.judges import Comparer, Namer, statistics
@@ -272,9 +274,8 @@ def test_real_voices_are_more_like_themselves() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.proves("encodec", "recipe nano/encodec: use of entries, and its distance beside opus at the same bit rate")
-def test_a_whole_run_of_the_codec_reaches_its_numbers(tmp_path: Path) -> None:
-    result = fit(encodec.run(), tmp_path)
-    assert all(result.reached.values()), result.metrics
+def test_a_whole_run_of_the_codec_reaches_its_numbers(whole_run: Callable[[Run], Result]) -> None:
+    whole_run(encodec.run())
 
 
 @pytest.mark.slow
@@ -287,6 +288,5 @@ def test_a_whole_run_of_the_codec_reaches_its_numbers(tmp_path: Path) -> None:
         pytest.param(valle, marks=pytest.mark.proves("valle", "recipe nano/valle: words and voice are heard")),
     ],
 )
-def test_a_whole_run_reaches_its_numbers(recipe: object, tmp_path: Path) -> None:
-    result = fit(recipe.run(), tmp_path)  # type: ignore[attr-defined]
-    assert all(result.reached.values()), result.metrics
+def test_a_whole_run_reaches_its_numbers(recipe: ModuleType, whole_run: Callable[[Run], Result]) -> None:
+    whole_run(recipe.run())

@@ -57,10 +57,6 @@ def _when(arguments: argparse.Namespace, model: Any) -> int:
     return 0
 
 
-def _listen(arguments: argparse.Namespace) -> int:
-    return _ask(arguments)
-
-
 def _caption(arguments: argparse.Namespace) -> int:
     from polymodal.asking import CAPTION
 
@@ -305,8 +301,8 @@ def _print_card(card: Any, page: Path) -> None:
     print(f"card: {plain(str(page))}, .json beside it")
 
 
-def _with_settings(sub: argparse.ArgumentParser, writer: str = WRITER, note: str = "") -> None:
-    with_model(sub, writer + note)
+def _with_settings(sub: argparse.ArgumentParser, writer: str = WRITER) -> None:
+    with_model(sub, writer)
     sub.set_defaults(model=writer)
     sub.add_argument("--max-tokens", type=count, default=256, metavar="N", help="tokens at most (default: 256)")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the best (default: 0)")
@@ -382,7 +378,7 @@ examples:
     sub = command(
         commands,
         "listen",
-        _listen,
+        _ask,
         "ask a model about sound",
         """\
 examples:
@@ -394,7 +390,7 @@ polymodal transcribe.""",
     sub.add_argument("files", nargs="+", metavar="FILE", help="sounds, in the order in which the model hears them")
     sub.add_argument("question", metavar="QUESTION", help="what to ask about them, in one pair of quotes")
     sub.set_defaults(when=None, show=None, draw=None)
-    _with_settings(sub, HEARER, "")
+    _with_settings(sub, HEARER)
     with_json(sub)
 
     sub = command(

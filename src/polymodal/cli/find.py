@@ -301,9 +301,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _medium(path: Path) -> Any:
-    from polymodal.core.sample import AUDIO_SUFFIXES, Audio, Image
+    from polymodal.core.sample import Audio, Image, is_sound
 
-    return Audio(path) if path.suffix.lower() in AUDIO_SUFFIXES else Image(path)
+    return Audio(path) if is_sound(path) else Image(path)
 
 
 def _need_store() -> None:

@@ -136,6 +136,11 @@ class Sample:
         return [p for p in self.parts if isinstance(p, Audio)]
 
 
+def is_sound(path: str | Path) -> bool:
+    """Whether a file's name says that it is sound."""
+    return Path(path).suffix.lower() in AUDIO_SUFFIXES
+
+
 def _check_piece(where: str, start: float | int | None, end: float | int | None) -> None:
     if not 0 <= (0.0 if start is None else start) < (math.inf if end is None else end):
         raise MediaError(f"{where}: a piece needs 0 <= start < end, in seconds, not {start} to {end}")
@@ -157,7 +162,7 @@ def _part(value: Any) -> Part:
             return Image(value)
         if value.suffix.lower() in VIDEO_SUFFIXES:
             return Video(value)
-        if value.suffix.lower() in AUDIO_SUFFIXES:
+        if is_sound(value):
             return Audio(value)
         ending = value.suffix or "nothing"
         raise MediaError(

@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 from polymodal.core.batch import Batch
 from polymodal.core.errors import MediaError
 from polymodal.core.files import file_hash
-from polymodal.core.sample import AUDIO_SUFFIXES, Audio, Image, Sample
+from polymodal.core.sample import Audio, Image, Sample, is_sound
 from polymodal.core.verbs import Embeds
 from polymodal.modalities.image import decode, open_picture, read_picture, thumbnail
 from polymodal.modalities.waveform import waveform
@@ -128,11 +128,6 @@ def _picture(model: Embeds, path: str) -> tuple[Batch, dict[str, Any]]:
 def _sound(model: Embeds, path: str) -> tuple[Batch, dict[str, Any]]:
     inputs = model.prepare([Sample((Audio(path),))])
     return inputs, {"hash": file_hash(path), "time": None, "width": 0, "height": 0, "thumbnail": thumbnail_of(path)}
-
-
-def is_sound(path: str | Path) -> bool:
-    """Whether a file's name says that it is sound."""
-    return Path(path).suffix.lower() in AUDIO_SUFFIXES
 
 
 def thumbnail_of(path: str | Path) -> bytes:

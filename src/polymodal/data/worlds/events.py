@@ -15,8 +15,8 @@ from typing import Final, TypeAlias
 import numpy as np
 from jaxtyping import Float32
 
-from polymodal.core.errors import DataError, did_you_mean
 from polymodal.data.worlds.asked import chance
+from polymodal.data.worlds.splits import generator
 
 RATE: Final = 16_000
 SPLITS: Final = ("train", "pairs")
@@ -223,9 +223,7 @@ def scene(split: str, index: int, *, seed: int = 0) -> Scene:
     Raises:
         DataError: there is no such split.
     """
-    if split not in SPLITS:
-        raise DataError(f"no split {split!r} of events{did_you_mean(split, SPLITS)}")
-    rng = np.random.default_rng([seed, index, *split.encode()])
+    rng = generator("events", SPLITS, split, index, seed)
     names = tuple(SOUNDS)
     while True:
         count = int(rng.integers(2 if split == "pairs" else 1, 4))

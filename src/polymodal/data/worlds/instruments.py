@@ -15,10 +15,11 @@ from typing import Final
 import numpy as np
 from jaxtyping import Float32
 
-from polymodal.core.errors import DataError, did_you_mean
+from polymodal.core.errors import DataError
 from polymodal.data.worlds import soundbox
 from polymodal.data.worlds.asked import chance
 from polymodal.data.worlds.sources import install_command
+from polymodal.data.worlds.splits import generator
 
 # The number of each instrument in General MIDI, its lowest and its highest note.
 INSTRUMENTS: Final = {
@@ -81,9 +82,7 @@ def piece(split: str, index: int, *, seed: int = 0) -> Piece:
     Raises:
         DataError: there is no such split.
     """
-    if split not in SPLITS:
-        raise DataError(f"no split {split!r} of instruments{did_you_mean(split, SPLITS)}")
-    rng = np.random.default_rng([seed, index, *split.encode()])
+    rng = generator("instruments", SPLITS, split, index, seed)
     names = tuple(INSTRUMENTS)
     while True:
         instrument, key = names[rng.integers(len(names))], KEYS[rng.integers(len(KEYS))]

@@ -18,6 +18,7 @@ from jaxtyping import Float32
 from polymodal.core.errors import DataError, MissingDependency, did_you_mean
 from polymodal.data.worlds import soundbox
 from polymodal.data.worlds.sentences import Sentences, listed
+from polymodal.data.worlds.splits import generator
 
 RATE: Final = 16_000
 ACCENTS: Final = (
@@ -114,10 +115,8 @@ def utterance(split: str, index: int, *, seed: int = 0) -> Utterance:
     Raises:
         DataError: there is no such split.
     """
-    if split not in SPLITS:
-        raise DataError(f"no split {split!r} of speech{did_you_mean(split, SPLITS)}")
+    rng = generator("speech", SPLITS, split, index, seed)
     of = SPLITS[split]
-    rng = np.random.default_rng([seed, index, *split.encode()])
     text = _SENTENCES[of.new_words, of.unseen].draw(rng)
     voice = _voice(of, rng)
     noise, own = NOISES[rng.integers(len(NOISES))], int(rng.integers(2**31))
