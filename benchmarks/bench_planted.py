@@ -3,7 +3,8 @@
     python -m benchmarks.bench_planted [--films 6]
 
 Bar: found within 5 seconds of its time. A film has a frame a second and another lone thing every 20 seconds; for
-8 seconds it shows the thing that is asked for. Found is where yes is most probable (`polymodal ask FILM ... --when`).
+8 seconds it shows the thing that is asked for: found is where "what shape is the cyan object?" is answered with its
+shape most surely (`polymodal ask FILM ... --when --answer arrow`). Asked with yes or no, it finds 2 of 6.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def main() -> None:
             path = Path(folder) / "film.mp4"
             asked, at = film(path, np.random.default_rng(seed))
             started = time.process_time()
-            seen = moments(model, Video(path), f"is there a {asked.colour} {asked.shape}?", fps=1)
+            question = f"what shape is the {asked.colour} object?"
+            seen = moments(model, Video(path), question, answer=asked.shape, fps=1)
             best = max(spans(seen, gap=1.5), key=lambda span: span.best.score, default=None)
         found = best is not None and at - WITHIN <= best.best.time < at + LASTS + WITHIN
         where = None if best is None else best.best.time

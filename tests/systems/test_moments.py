@@ -11,7 +11,7 @@ import torch
 
 from polymodal.cli import main
 from polymodal.core.chat import Chat
-from polymodal.core.errors import UnsupportedError
+from polymodal.core.errors import ConfigError, UnsupportedError
 from polymodal.core.sample import Image, Video
 from polymodal.moments import BATCH, Moment, moments, spans
 from tests.nano import nano
@@ -42,6 +42,23 @@ def test_each_frame_is_asked_as_it_would_be_alone() -> None:
     assert len(list(moments(model, Video(frames, fps=2), "is it red?"))) == len(frames) // 2
 
 
+def test_an_answer_of_several_tokens_is_looked_for() -> None:
+    model, frames = talking("llava"), film(3)
+    tokens = model.tokenizer.encode("dark blue", special=False)
+    assert len(tokens) > 1
+    found = list(moments(model, Video(frames, fps=1), "which colour?", answer="dark blue"))
+    for frame, one in zip(frames, found, strict=True):
+        batch = model.prompt([Chat.of([Image(frame), "which colour?"])])
+        batch["ids"] = torch.cat([batch["ids"], torch.tensor([tokens])], 1)
+        batch["valid"] = torch.ones_like(batch["ids"], dtype=torch.bool)
+        with torch.no_grad():
+            scores = model.backbone.logits(model.backbone(model.read(batch)).x)[0, -len(tokens) - 1 : -1].double()
+        said = scores.log_softmax(1)[range(len(tokens)), tokens].sum()
+        assert one.score == pytest.approx((said - (1 - said.exp()).log()).item(), abs=1e-4)
+    with pytest.raises(ConfigError, match="at least one word"):
+        next(moments(model, Video(frames, fps=1), "which colour?", answer=""))
+
+
 def test_stretches_of_yes() -> None:
     scores = [-1.0, 2.0, 1.0, -3.0, -0.1, 0.5, 4.0, -1.0]
     found = spans((Moment(time=float(t), score=s) for t, s in enumerate(scores)), gap=1.5)
@@ -58,6 +75,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [one["time"] for one in row["frames"]] == pytest.approx([i / 2 for i in range(10)])
     assert main(asked) == 0
     assert " to " in (said := capsys.readouterr().out) or said.startswith("never")
+    assert main([*asked, "--answer", "red", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["frames"][0]["score"] != row["frames"][0]["score"]
+    assert main([*asked[:-1], "--answer", "red"]) == 1
+    assert "--when" in capsys.readouterr().err
     assert main(["ask", str(tmp_path / "clip.mp4"), str(tmp_path / "clip.mp4"), *asked[2:]]) == 1
     assert "one clip" in capsys.readouterr().err
 

@@ -413,7 +413,7 @@ def test_what_we_write_is_what_was_published(checkpoint: str) -> None:
 def test_every_system_has_a_published_checkpoint_here() -> None:
     # Their published configs are flat, or of several parts: tests/parity has them in test_qwen_vl, test_blip2,
     # test_prismatic, test_flamingo, test_openvla and test_lerobot_policies; those of pi0 and pi0.5 are in
-    # tests/unit/test_pi_policies.
+    # tests/systems/test_pi_policies.
     elsewhere = {
         "prismatic", "qwen2_vl", "qwen2_5_vl", "blip2", "blip2_qformer", "flamingo", "idefics", "pi0", "pi05",
         "openvla", "openvla_oft", "act", "diffusion_policy", "clap", "musicgen", "qwen2_audio",

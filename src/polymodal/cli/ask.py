@@ -22,6 +22,8 @@ HEARER = "Qwen/Qwen2-Audio-7B-Instruct"
 
 
 def _ask(arguments: argparse.Namespace) -> int:
+    if arguments.answer is not None and arguments.when is None:
+        raise ConfigError("--answer says what --when looks for: polymodal ask film.mp4 QUESTION --when --answer TEXT")
     model, settings = _writer(arguments)
     if arguments.when is not None:
         return _when(arguments, model)
@@ -31,8 +33,12 @@ def _ask(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _listen(arguments: argparse.Namespace) -> int:
+    return _ask(arguments)
+
+
 def _when(arguments: argparse.Namespace, model: Any) -> int:
-    """Tells the times of one clip at which the answer is yes."""
+    """Tells the times of one clip at which the answer is yes, or the one that is looked for."""
     from dataclasses import asdict
 
     from polymodal.core.sample import Sample, Video
@@ -43,7 +49,9 @@ def _when(arguments: argparse.Namespace, model: Any) -> int:
     if len(clips) != 1 or not isinstance(clips[0], Video):
         raise ConfigError("--when looks through one clip: polymodal ask film.mp4 'Is there a red cup?' --when")
     with bar("looking", "frames") as show:
-        every = list(moments(model, clips[0], arguments.question, fps=arguments.when, progress=show))
+        every = list(
+            moments(model, clips[0], arguments.question, answer=arguments.answer, fps=arguments.when, progress=show)
+        )
     found = spans(every, gap=1.5 / arguments.when)
     if arguments.json:
         row = {"files": arguments.files, "question": arguments.question, "model": arguments.model}
@@ -53,7 +61,7 @@ def _when(arguments: argparse.Namespace, model: Any) -> int:
         print(f"{clock(span.start)} to {clock(span.end)}   surest at {clock(span.best.time)} ({span.best.score:+.1f})")
     if not found:
         best = max(every, key=lambda one: one.score)
-        print(f"never; the nearest to a yes was at {clock(best.time)} ({best.score:+.1f})")
+        print(f"never; the nearest to it was at {clock(best.time)} ({best.score:+.1f})")
     return 0
 
 
@@ -361,7 +369,8 @@ examples:
   polymodal ask photo.jpg "What is this?" --show seen/ --model ~/models/llava-next    what the model saw
   polymodal ask photo.jpg "Find the dog" --draw found/ --model ~/models/qwen2.5-vl
   polymodal ask clip.mp4 "When does it fall?" --sampling motion:12 --model ~/models/llava-next
-  polymodal ask film.mp4 "Is there a dog?" --when --model ~/models/llava-next    the times of a yes""",
+  polymodal ask film.mp4 "Is there a dog?" --when --model ~/models/llava-next    the times of a yes
+  polymodal ask film.mp4 "what shape is the red thing?" --when --answer heart    or of another answer""",
     )
     sub.add_argument(
         "files", nargs="*", metavar="FILE", help="pictures and clips, in the order in which the model reads them"
@@ -371,6 +380,7 @@ examples:
         "--when", nargs="?", type=count, const=1, metavar="FPS",
         help="ask it of a clip frame by frame, 1 a second or FPS, and tell the times at which the answer is yes",
     )  # fmt: skip
+    sub.add_argument("--answer", metavar="TEXT", help="with --when: tell the times of this answer in place of yes")
     _with_pictures_out(sub)
     _with_settings(sub)
     with_json(sub)
@@ -378,7 +388,7 @@ examples:
     sub = command(
         commands,
         "listen",
-        _ask,
+        _listen,
         "ask a model about sound",
         """\
 examples:
@@ -389,7 +399,7 @@ polymodal transcribe.""",
     )
     sub.add_argument("files", nargs="+", metavar="FILE", help="sounds, in the order in which the model hears them")
     sub.add_argument("question", metavar="QUESTION", help="what to ask about them, in one pair of quotes")
-    sub.set_defaults(when=None, show=None, draw=None)
+    sub.set_defaults(when=None, answer=None, show=None, draw=None)
     _with_settings(sub, HEARER)
     with_json(sub)
 

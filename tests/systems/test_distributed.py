@@ -132,7 +132,7 @@ def run_twice(function: str, folder: Path) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script = f"from pathlib import Path; import tests.unit.test_distributed as t; t.{function}(Path({str(folder)!r}))"
+    script = f"from pathlib import Path; import tests.systems.test_distributed as t; t.{function}(Path({str(folder)!r}))"
     shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     children = [
         subprocess.Popen(
