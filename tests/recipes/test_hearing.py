@@ -1,4 +1,4 @@
-"""Recipes of CLAP and wav2vec 2.0: what they hear and are asked, tiny runs, and (slow) those that count."""
+"""Recipes of CLAP, wav2vec 2.0 and Whisper: what they hear and are asked, tiny runs, and (slow) those that count."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from polymodal.core.batch import Batch
 from polymodal.data.worlds import events, instruments, sources, speech
 from polymodal.train import Result, Run, fit
-from recipes.nano import clap, wav2vec2
+from recipes.nano import clap, wav2vec2, whisper
 
 
 def needs(*packages: str) -> pytest.MarkDecorator:
@@ -126,6 +126,30 @@ def test_wav2vec2_listens_writes_and_a_few_steps_reach_no_bar(tmp_path: Path) ->
     assert {f"bare/{name}" for name in result.reached if name != "gain"} <= set(result.metrics)
 
 
+# ---- Whisper ----
+
+
+@SPEECH
+def test_whisper_spells_what_is_said_and_nothing_in_silence() -> None:
+    rng = np.random.default_rng(0)
+    assert whisper.letters(" Dog's -- 12!").tolist() == [1 + whisper.LETTERS.index(c) for c in "dog's  "]
+    batch = whisper.Spoken(40, spell=True).batch(range(3), rng)
+    said = ["".join(whisper.LETTERS[i - 1] for i in row[row >= 1]) for row in batch["letters"]]
+    texts = {"".join(c for c in speech.utterance("train", i).text.lower() if c in whisper.LETTERS) for i in range(40)}
+    assert set(said) <= texts
+    assert (batch["steps"] * 2 <= batch["features"].shape[-1] + 1).all()
+    rows = [whisper.Spoken(40)._single(0, np.random.default_rng(seed))[1] for seed in range(60)]
+    assert 0 < sum(not row for row in rows) < 20
+
+
+@SPEECH
+def test_whisper_spells_then_listens_and_a_few_steps_reach_no_bar(tmp_path: Path) -> None:
+    result = fit(whisper.run((2, 3), batch_size=2, pool=12, asked=1), tmp_path, device="cpu")
+    assert result.finished
+    assert set(result.reached) <= set(result.metrics)
+    assert not any(result.reached[name] for name in ("voices", "flite", "noisy"))
+
+
 # ---- whole runs ----
 
 
@@ -139,6 +163,9 @@ def test_wav2vec2_listens_writes_and_a_few_steps_reach_no_bar(tmp_path: Path) ->
             wav2vec2,
             id="wav2vec2",
             marks=[SPEECH, pytest.mark.proves("wav2vec2", "recipe nano/wav2vec2: its numbers")],
+        ),
+        pytest.param(
+            whisper, id="whisper", marks=[SPEECH, pytest.mark.proves("whisper", "recipe nano/whisper: its numbers")]
         ),
     ],
 )

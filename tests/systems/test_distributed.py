@@ -132,7 +132,9 @@ def run_twice(function: str, folder: Path) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script = f"from pathlib import Path; import tests.systems.test_distributed as t; t.{function}(Path({str(folder)!r}))"
+    script = (
+        f"from pathlib import Path; import tests.systems.test_distributed as t; t.{function}(Path({str(folder)!r}))"
+    )
     shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     children = [
         subprocess.Popen(
@@ -145,7 +147,7 @@ def run_twice(function: str, folder: Path) -> Path:
         for number in (0, 1)
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in children]
+        outputs = [process.communicate(timeout=600)[0] for process in children]
     finally:
         for process in children:
             process.kill()

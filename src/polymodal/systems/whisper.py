@@ -138,7 +138,7 @@ class Whisper(WindowListener):
 
     def lesson(
         self,
-        waves: Sequence[Float[Tensor, " samples"]],
+        waves: Sequence[Float[Tensor, " _"]],
         said: Sequence[Sequence[Segment] | None],
         *,
         task: Task = "transcribe",

@@ -16,7 +16,7 @@ TASKS: Final = ("translate", "transcribe")
 _UNSPACED: Final = frozenset({"zh", "ja", "th", "lo", "my", "yue"})  # written without blanks between words
 
 
-def control_names(languages: Sequence[str], seconds: float) -> list[str]:
+def control_names(languages: Sequence[str], seconds: float | int) -> list[str]:
     """All control tokens in the order of their ids, which the rules rely on; times every 20 ms."""
     times = [f"<|{i * 0.02:.2f}|>" for i in range(round(seconds * 50) + 1)]
     named = [*languages, *TASKS, "startoflm", "startofprev", "nospeech", "notimestamps"]
@@ -24,7 +24,7 @@ def control_names(languages: Sequence[str], seconds: float) -> list[str]:
 
 
 def train_speech_bpe(
-    texts: Iterable[str], vocab_size: int, *, languages: Sequence[str], seconds: float
+    texts: Iterable[str], vocab_size: int, *, languages: Sequence[str], seconds: float | int
 ) -> LanguageTokenizer:
     """Byte-level BPE with the control tokens of speech; errors as `LanguageTokenizer.train_bpe`.
 
