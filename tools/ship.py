@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("recipe", help="the recipe that trained it")
     parser.add_argument("run", type=Path, help="the folder of the finished run")
     parser.add_argument("name", help="what to call it: polymodal/NAME")
+    parser.add_argument("--numbers", nargs="*", default=[], metavar="METRIC", help="figures that are no shares")
     arguments = parser.parse_args()
     run = load_run(arguments.recipe)
     folder = SHIPPED / arguments.name
@@ -54,9 +55,9 @@ def main() -> None:
     rows = []
     for metric, value in metrics.items():
         bar = run.expect.get(metric)
-        chance = "" if bar is None or bar.chance is None else f"{bar.chance:.1%}"
-        limits = f"{'' if bar is None else f'{bar.value:.0%}'} | {chance}"
-        rows.append(f"| {metric} | {value:.1%} | {limits} |")
+        form = ".2f" if any(f"/{metric}".endswith(f"/{name}") for name in arguments.numbers) else ".1%"
+        limits = ["" if limit is None else format(limit, form) for limit in (bar and bar.value, bar and bar.chance)]
+        rows.append(f"| {metric} | {value:{form}} | {limits[0]} | {limits[1]} |")
     result = read_json(arguments.run / "result.json")
     card = CARD.format(
         name=arguments.name,

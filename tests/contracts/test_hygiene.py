@@ -17,6 +17,7 @@ MAX_BYTES = 1_000_000
 LARGE = {
     "src/polymodal/shipped/nano-clip/model.safetensors": "the shipped model (8 MB): without it nothing works offline",
     "src/polymodal/shipped/nano-vlm/model.safetensors": "the shipped model that answers (3 MB): `ask` works offline",
+    "src/polymodal/shipped/nano-encodec/model.safetensors": "the shipped codec (3 MB): recipes write its codes offline",
 }
 
 # Written in pieces, so that this file does not find itself.
