@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import polymodal
 from polymodal.core.batch import IGNORE
 from polymodal.core.errors import ConfigError
 from polymodal.data.worlds import instruments, sources, speech
@@ -276,6 +277,14 @@ def test_real_voices_are_more_like_themselves() -> None:
 @pytest.mark.proves("encodec", "recipe nano/encodec: use of entries, and its distance beside opus at the same bit rate")
 def test_a_whole_run_of_the_codec_reaches_its_numbers(whole_run: Callable[[Run], Result]) -> None:
     whole_run(encodec.run())
+
+
+@BOTH
+@pytest.mark.slow
+def test_the_shipped_codec_has_the_figures_of_its_card() -> None:
+    found = encodec.evaluate(polymodal.load("polymodal/nano-encodec"))
+    assert found["use"] >= 0.8
+    assert found["distance"] < 0.7  # opus at the same rate: 0.47
 
 
 @pytest.mark.slow
