@@ -12,14 +12,18 @@ from torch import nn
 import polymodal
 from polymodal.backbones.bert import BertConfig
 from polymodal.backbones.conditioned import ConditionedConfig
+from polymodal.backbones.controlnet import ControlConfig
 from polymodal.backbones.decoder import AttentionConfig, DecoderConfig, Gated, Learned, Plain
 from polymodal.backbones.detr import DetrConfig
+from polymodal.backbones.dit import DiTBackboneConfig
 from polymodal.backbones.encdec import CrossDecoderConfig, EncDecConfig, RelativeBias, StackConfig, Unbiased
 from polymodal.backbones.experts import ExpertConfig
 from polymodal.backbones.families import ControlIds
 from polymodal.backbones.levels import LevelConfig
+from polymodal.backbones.mmdit import CentreCrop, MMDiTConfig
 from polymodal.backbones.readouts import ReadoutConfig
 from polymodal.backbones.steps import StepDecoderConfig
+from polymodal.backbones.unet import Added, Level, Transformers, UNetConfig
 from polymodal.backbones.unet1d import UNet1dConfig
 from polymodal.connectors.gated import GatedConfig
 from polymodal.connectors.grid import PixelShuffle
@@ -28,6 +32,7 @@ from polymodal.connectors.qformer import QFormerConfig, TextTables
 from polymodal.connectors.resampler import ResamplerConfig
 from polymodal.connectors.token_learner import TokenLearnerConfig
 from polymodal.core.batch import Batch
+from polymodal.encoders.clip_text import CLIPTextConfig
 from polymodal.encoders.efficientnet import EfficientNetConfig
 from polymodal.encoders.htsat import HTSATConfig
 from polymodal.encoders.qwen_vision import QwenVisionConfig, Windows
@@ -44,9 +49,10 @@ from polymodal.heads.reconstruction import PatchDecoderConfig
 from polymodal.heads.score import ScoreConfig
 from polymodal.heads.speech_codes import SpeechCodesConfig
 from polymodal.modalities.tiles import Grid
-from polymodal.nn.norm import RMS, AdaptiveRMS, Layer, OffsetRMS
-from polymodal.nn.rope import Rope
+from polymodal.nn.norm import RMS, AdaptiveRMS, Heads, Layer, OffsetRMS
+from polymodal.nn.rope import AxialRope, Rope
 from polymodal.nn.spans import Spans
+from polymodal.samplers.flow import Dynamic, Flow
 from polymodal.systems import TABLE
 from polymodal.systems.act import ACTConfig
 from polymodal.systems.bart import BARTConfig
@@ -55,14 +61,19 @@ from polymodal.systems.behaviour import BehaviourConfig
 from polymodal.systems.bert import BERTConfig
 from polymodal.systems.blip2 import BLIP2Config
 from polymodal.systems.blip2_qformer import BLIP2QFormerConfig
+from polymodal.systems.chameleon_files import ChameleonConfig
 from polymodal.systems.clap_files import CLAPConfig
 from polymodal.systems.clip import CLIPConfig
 from polymodal.systems.composed import ComposedConfig
 from polymodal.systems.composed_crossed import ComposedCrossedConfig
+from polymodal.systems.controlnet import ControlNetConfig
+from polymodal.systems.cosmos_tokenizer import CosmosTokenizerConfig
 from polymodal.systems.dac import DACConfig
 from polymodal.systems.diffusion_policy import DiffusionPolicyConfig
 from polymodal.systems.dinov2 import DINOv2Config
+from polymodal.systems.dit import DiTConfig
 from polymodal.systems.flamingo import FlamingoConfig
+from polymodal.systems.flux import FluxConfig
 from polymodal.systems.idefics import IdeficsConfig
 from polymodal.systems.language import LanguageModelConfig
 from polymodal.systems.llava import LlavaConfig
@@ -73,6 +84,7 @@ from polymodal.systems.octo import OctoConfig
 from polymodal.systems.openvla import OpenVLAConfig
 from polymodal.systems.openvla_oft import OpenVLAOFTConfig
 from polymodal.systems.paligemma import PaliGemmaConfig
+from polymodal.systems.parti import PartiConfig
 from polymodal.systems.pi0 import PI0Config
 from polymodal.systems.pi0_fast import PI0FastConfig
 from polymodal.systems.pi05 import PI05Config
@@ -83,14 +95,22 @@ from polymodal.systems.qwen2_vl import Qwen2VLConfig
 from polymodal.systems.rt1 import RT1Config
 from polymodal.systems.rt2 import RT2Config
 from polymodal.systems.screen import ScreenConfig
+from polymodal.systems.sd3 import SD3Config
+from polymodal.systems.sdxl import SDXLConfig
 from polymodal.systems.seanet_codec import EnCodecConfig
 from polymodal.systems.siglip import SigLIPConfig
 from polymodal.systems.siglip2 import NaFlexConfig, SigLIP2Config
+from polymodal.systems.sora import SoraConfig
+from polymodal.systems.stable_diffusion_files import StableDiffusionConfig
 from polymodal.systems.t5 import T5Config
 from polymodal.systems.valle import VALLEConfig
 from polymodal.systems.vit import VisionTransformerConfig
 from polymodal.systems.wav2vec2_files import Wav2Vec2Config
 from polymodal.systems.whisper import WhisperConfig
+from polymodal.tokenizers.cosmos import CosmosNetConfig
+from polymodal.tokenizers.pyramid import PyramidConfig
+from polymodal.tokenizers.vae import VAEConfig
+from polymodal.tokenizers.vq import LearnedCodes, VQConfig
 
 M = TypeVar("M", bound=nn.Module)
 SHAPE: dict[str, Any] = {"dim": 32, "num_layers": 2, "num_heads": 4, "hidden_dim": 64}
@@ -462,6 +482,102 @@ NANO["valle"] = VALLEConfig(
     rest=LevelConfig(**SHAPE),
     codec=NANO["musicgen"].codec,
     prompt_seconds=0.05,
+)
+
+
+NANO["vqgan"] = VQConfig(
+    net=PyramidConfig(widths=(32, 32), num_blocks=1, latent_dim=16),
+    codes=LearnedCodes(size=32, dim=8, commitment=1.0, codebook=0.25),
+    resolution=16,
+)
+
+
+_PROMPT = CLIPTextConfig(tower=TextConfig(**TEXT, activation="quick_gelu"), eot_id=39)
+_LATENT = VAEConfig(pyramid=PyramidConfig(widths=(8, 16), num_blocks=1, latent_dim=4, groups=4))
+_CROSSED = Transformers(num_heads=2)
+NANO["stable_diffusion"] = StableDiffusionConfig(
+    text=_PROMPT,
+    backbone=UNetConfig(
+        levels=(Level(dim=32, transformers=_CROSSED), Level(dim=32)), middle=_CROSSED, context_dim=32, num_blocks=1,
+        groups=4, side=8, convolved=True,
+    ),
+    vae=_LATENT,
+)  # fmt: skip
+NANO["controlnet"] = ControlNetConfig(
+    base=NANO["stable_diffusion"],
+    control=ControlConfig(widths=(8, 16)),
+)
+NANO["sdxl"] = SDXLConfig(
+    text=_PROMPT,
+    text_2=replace(_PROMPT, embed_dim=24),
+    backbone=UNetConfig(
+        levels=(Level(dim=32), Level(dim=32, transformers=_CROSSED)), middle=_CROSSED, context_dim=64, num_blocks=1,
+        groups=4, side=8, added=Added(dim=24 + 6 * 8, waves=8),
+    ),
+    vae=_LATENT,
+)  # fmt: skip
+
+
+NANO["chameleon"] = ChameleonConfig(
+    backbone=replace(DECODER, vocab_size=80, attention=replace(DECODER.attention, qk_norm=Heads())),
+    vision=replace(NANO["vqgan"], resolution=8),
+    code_ids=tuple(range(71, 39, -1)),
+    image_id=80,
+    start_id=72,
+    end_id=73,
+    turn_id=74,
+    control=ControlIds(start=1, stop=(2,)),
+)
+
+
+_DRAWN = replace(_LATENT, mixed=False, shift=0.1)
+_WORDS = NANO["musicgen"].text
+NANO["dit"] = DiTConfig(
+    backbone=DiTBackboneConfig(
+        latent_size=8, dim=32, num_layers=2, num_heads=4, hidden_dim=128, num_classes=5, wave_gap=1
+    ),
+    vae=_LATENT,
+)
+_JOINT = MMDiTConfig(
+    values=16, out_values=16, dim=32, num_layers=2, num_heads=4, hidden_dim=128, context_dim=32, pooled_dim=32,
+    position=AxialRope(dims=(2, 2, 4)), num_single_layers=1, qk_norm=RMS(), guidance=True,
+)  # fmt: skip
+NANO["flux"] = FluxConfig(
+    clip=_PROMPT, t5=_WORDS, backbone=_JOINT, vae=_DRAWN, sampling=Flow(shift=Dynamic(), spacing="even"), t5_tokens=6,
+    side=4,
+)  # fmt: skip
+NANO["sd3"] = SD3Config(
+    clip=replace(_PROMPT, embed_dim=10), clip_large=replace(_PROMPT, embed_dim=14),
+    t5=replace(_WORDS, dim=72, logit_scale=72**-0.5),
+    backbone=replace(
+        _JOINT, position=CentreCrop(side=8, base=4), context_dim=72, pooled_dim=24, num_single_layers=0,
+        extra_attention=1, guidance=False,
+    ),
+    vae=_DRAWN, sampling=Flow(shift=3.0), t5_tokens=6, side=4,
+)  # fmt: skip
+
+
+NANO["parti"] = PartiConfig(
+    backbone=EncDecConfig(
+        vocab_size=33, dim=32, encoder=replace(_BART, num_layers=1), decoder=_BART, norm=Layer(),
+        position=Learned(count=16), post_norm=False, start_id=32, pad_id=32, tied=False,
+    ),
+    vision=NANO["chameleon"].vision,
+    text_vocab_size=40,
+    text_context=12,
+)  # fmt: skip
+
+
+NANO["cosmos_tokenizer"] = CosmosTokenizerConfig(
+    net=CosmosNetConfig(
+        latent_dim=4, encoder_widths=(8, 8, 12, 12), decoder_widths=(8, 8, 12, 12), num_blocks=1, attention=(2,),
+        resolution=16,
+    ),
+)  # fmt: skip
+
+
+NANO["sora"] = SoraConfig(
+    text=_WORDS, backbone=replace(_JOINT, position=AxialRope(dims=(4, 2, 2)), guidance=False), latent_dim=4
 )
 
 

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from polymodal.asking import ask, stream
     from polymodal.composition import compose
     from polymodal.core.chat import Chat
+    from polymodal.core.drawing import Drawing
     from polymodal.core.errors import PolymodalError
     from polymodal.core.sample import Audio, Image, Sample, Text, Video
+    from polymodal.pictures import draw
 
 # Where each public name lives: importing polymodal imports no torch. No module is called as a function here is: once
 # it is imported, it would hide the function.
@@ -28,7 +30,9 @@ _LAZY = {
     "ask": "polymodal.asking",
     "stream": "polymodal.asking",
     "compose": "polymodal.composition",
+    "draw": "polymodal.pictures",
     "Chat": "polymodal.core.chat",
+    "Drawing": "polymodal.core.drawing",
     "PolymodalError": "polymodal.core.errors",
     "Image": "polymodal.core.sample",
     "Audio": "polymodal.core.sample",
@@ -40,6 +44,7 @@ _LAZY = {
 __all__ = [
     "Audio",
     "Chat",
+    "Drawing",
     "Image",
     "PolymodalError",
     "Sample",
@@ -49,6 +54,7 @@ __all__ = [
     "ask",
     "build",
     "compose",
+    "draw",
     "load",
     "stream",
 ]

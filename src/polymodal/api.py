@@ -10,6 +10,7 @@ from polymodal.core.files import read_json
 from polymodal.nn.precision import Precision
 from polymodal.systems import TABLE
 from polymodal.weights.hub import resolve
+from polymodal.weights.pipeline import INDEX
 
 if TYPE_CHECKING:
     from polymodal.systems.base import System
@@ -40,15 +41,19 @@ def identify(folder: Path) -> tuple[type[System], str]:
 
     if (folder / "open_clip_config.json").is_file() and not (folder / "config.json").is_file():
         return CLIP, "open_clip"
-    if not (folder / "config.json").is_file():
+    file = folder / "config.json"
+    if not file.is_file() and (folder / INDEX).is_file():
+        file = folder / INDEX
+    if not file.is_file():
         raise ConfigError(f"{folder} has no config.json: it is not a checkpoint in the format of the Hub")
-    config = read_json(folder / "config.json")
-    model_type = config.get("model_type", config.get("type")) if isinstance(config, dict) else None  # LeRobot's: type
+    config = read_json(file)
+    # LeRobot's: type; of diffusers: the class of a pipeline, or of a lone part.
+    diffusers = file.name == INDEX or (isinstance(config, dict) and not {"model_type", "type"} & config.keys())
+    field = "_class_name" if diffusers else "model_type"
+    model_type = config.get(field, config.get("type")) if isinstance(config, dict) else None
     known = {t for entry in TABLE.values() for t in entry.model_types}
     if not isinstance(model_type, str) or model_type not in known:
-        raise ConfigError(
-            f"{folder / 'config.json'}: no system reads model_type {model_type!r}{did_you_mean(str(model_type), known)}"
-        )
+        raise ConfigError(f"{file}: no system reads {field} {model_type!r}{did_you_mean(str(model_type), known)}")
     readers = [entry for entry in TABLE.values() if model_type in entry.model_types]
     named = config.get("architectures") or ()
     chosen = [entry for entry in readers if any(name in named for name in entry.architectures)]

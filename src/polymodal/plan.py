@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from polymodal.api import identify
 from polymodal.core.batch import Batch
 from polymodal.core.errors import ConfigError, MediaError, UnsupportedError, did_you_mean
-from polymodal.core.files import read_json
 from polymodal.core.sample import Image, Sample, Video
 from polymodal.core.verbs import Generates, Trains
 from polymodal.heads.lm import IGNORE
@@ -219,7 +218,7 @@ def find(what: Any) -> _Found:
         folder = resolve(what)
         cls, format_name = identify(folder)
         fmt = cls.formats[format_name]
-        config, _ = fmt.read(read_json(folder / fmt.config_file))
+        config, _ = fmt.read(fmt.config(folder))
         return _Found(name, cls, config, (folder, format_name))
     if name in known:
         cls, make = known[name]

@@ -14,7 +14,7 @@ import math
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,7 @@ from polymodal import __version__
 from polymodal.api import identify
 from polymodal.core.batch import Batch
 from polymodal.core.errors import PolymodalError, WeightsError
-from polymodal.core.files import file_hash, read_json
+from polymodal.core.files import file_hash
 from polymodal.core.verbs import Generates, Trains
 from polymodal.nn.skeleton import skeleton
 from polymodal.systems.base import System
@@ -126,7 +126,7 @@ def verify(name: str | Path, revision: str | None = None) -> Certificate:
     folder = resolve(name, revision)
     facts = _Facts()
     checks = tuple(_checks(folder, facts))
-    files = {p.name: file_hash(p) for p in sorted(folder.iterdir()) if p.suffix in DATA and p.is_file()}
+    files = {p.relative_to(folder).as_posix(): file_hash(p) for p in _data(folder, facts.parts)}
     versions = {"polymodal": __version__, **{package: version(package) for package in ("torch", "safetensors")}}
     versions |= {p: version(p) for p in facts.packages} | {"Python": platform.python_version()}
     return Certificate(
@@ -154,6 +154,13 @@ class _Facts:
         self.dropped: dict[str, str] = {}
         self.config: dict[str, str] = {}
         self.packages: list[str] = []
+        self.parts: Set[str] = frozenset()  # folders of a pipeline
+
+
+def _data(folder: Path, parts: Set[str]) -> list[Path]:
+    """What a checkpoint is made of: its own files, and those of its parts; a name that leads elsewhere is no part."""
+    folders = [folder, *(p for p in folder.iterdir() if p.name in parts and p.is_dir())]
+    return sorted(p for each in folders for p in each.iterdir() if p.suffix in DATA and p.is_file())
 
 
 def _passed(name: str, detail: str) -> Check:
@@ -179,7 +186,9 @@ def _checks(folder: Path, facts: _Facts) -> Iterator[Check]:
         cls, format_name = identify(folder)
         facts.system, facts.format = cls.__name__, format_name
         fmt = cls.formats[format_name]
-        config, facts.config = fmt.read(read_json(folder / fmt.config_file))
+        raw = fmt.config(folder)
+        facts.parts = raw.keys() if fmt.parts else frozenset()
+        config, facts.config = fmt.read(raw)
         with skeleton():
             model = cls(config)
     except PolymodalError as error:
@@ -189,7 +198,7 @@ def _checks(folder: Path, facts: _Facts) -> Iterator[Check]:
     done = Counter(what.split(":")[0] for what in facts.config.values())
     yield _passed("config", f"{len(facts.config)} fields: " + ", ".join(f"{n} {what}" for what, n in done.items()))
     try:
-        checkpoint = Checkpoint(folder, fmt.weights_file)
+        checkpoint = fmt.open(folder, raw)
     except PolymodalError as error:
         yield _failed("files", error)
         return
@@ -353,7 +362,7 @@ def _gradient_error(system: System, theirs: Any, format_name: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         with _no_bars():
             theirs.save_pretrained(folder)
-        with Checkpoint(Path(folder), fmt.weights_file) as checkpoint:
+        with fmt.open(Path(folder), fmt.config(Path(folder))) as checkpoint:
             todo = system.plan(fmt, checkpoint.meta())
             assert not todo.problems, todo.problems
             for step in todo.steps:

@@ -51,6 +51,8 @@ COMMANDS = [
     "speak",
     "consent",
     "detect-watermark",
+    "draw",
+    "show",
 ]
 POLYMODAL = [sys.executable, "-m", "polymodal"]
 

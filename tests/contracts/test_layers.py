@@ -37,7 +37,9 @@ TOP, DOOR = "cli", "__main__.py"
 SHARED = {
     "base", "generator", "tower", "qwen_vl", "reader", "crossed", "seq2seq", "prefix", "fused", "acting", "speaking",
     "chunk_heads", "lerobot", "listening", "windows", "whisper_files", "wav2vec2_files", "clap_files",
-    "expert_policy", "expert_files", "codec", "seanet_codec",
+    "expert_policy", "expert_files", "codec", "seanet_codec", "picture_codec", "vqgan_files", "chameleon_files",
+    "picture_writing", "painting", "scheduler_files", "vae_files", "latent_painting", "stable_diffusion_files",
+    "flow_painter", "flow_files",
 }  # fmt: skip
 # Oracles of the tests: never needed at run time.
 ORACLES = {"transformers", "diffusers", "peft", "timm", "open_clip", "skimage", "accelerate"}

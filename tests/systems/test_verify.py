@@ -41,9 +41,10 @@ def outcomes(certificate: Certificate) -> dict[str, str]:
 
 
 def tampered(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
-    tensors = load_file(folder / "model.safetensors")
+    file = sorted(folder.rglob("*.safetensors"))[-1]
+    tensors = load_file(file)
     change(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, file)
     return folder
 
 
@@ -177,6 +178,27 @@ def test_another_format_says_what_was_not_run(tmp_path: Path) -> None:
     assert certificate.format == "open_clip"
     assert outcomes(certificate)["reference"] == "not run"
     assert "does not read the format open_clip" in certificate.text()
+
+
+def test_a_pipeline_is_hashed_part_by_part(tmp_path: Path) -> None:
+    folder = nano("stable_diffusion").save(tmp_path / "model")
+    (tmp_path / "secret.json").write_text("{}")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "mine.txt").write_text("no part of it")
+    index = json.loads((folder / "model_index.json").read_text()) | {"..": ["diffusers", "U"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    digests = [verify(folder).files]
+    parts = {f"{part}/config.json" for part in ("text_encoder", "unet", "vae")}
+    weights = {f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")}
+    others = {"model_index.json", "scheduler/scheduler_config.json", "text_encoder/model.safetensors"}
+    assert digests[0].keys() == parts | weights | others
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        next(iter(tensors.values())).add_(1)
+
+    digests.append(verify(tampered(folder, change)).files)
+    changed = {name for name in digests[0] if digests[0][name] != digests[1][name]}
+    assert changed == {"vae/diffusion_pytorch_model.safetensors"}
 
 
 def test_nothing_of_this_name() -> None:

@@ -10,9 +10,34 @@ import torch
 from torch import Tensor
 
 from polymodal.backbones.unet1d import UNet1d, UNet1dConfig
+from polymodal.core.errors import ConfigError
 from polymodal.heads.diffusion import diffusion_loss
-from polymodal.nn.noise import Prediction, add_noise, sample_and_noise, squared_cosine, target
-from polymodal.samplers.diffusion import Denoiser, ddim, ddpm
+from polymodal.nn.noise import (
+    Prediction,
+    Schedule,
+    add_noise,
+    linear,
+    min_snr_weight,
+    sample_and_noise,
+    scaled_linear,
+    squared_cosine,
+    target,
+    zero_terminal_snr,
+)
+from polymodal.samplers.diffusion import (
+    DDIM,
+    END,
+    PLMS,
+    Denoiser,
+    Diffusion,
+    DPMSolver,
+    Euler,
+    Heun,
+    Solver,
+    ddim,
+    ddpm,
+)
+from polymodal.samplers.guidance import Dice, Guidance
 
 KINDS: tuple[Prediction, ...] = ("noise", "sample", "velocity")
 LEFT = squared_cosine(100)
@@ -152,3 +177,184 @@ def test_steps_are_spaced_from_zero() -> None:
     steps.clear()
     ddim(model, torch.zeros(1, 1), left=LEFT, steps=3)
     assert steps == [66, 33, 0]
+
+
+# ---- schedules and weights
+
+
+def test_schedules_of_latent_diffusion_and_ddpm() -> None:
+    roots = [0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * n / 999 for n in range(1000)]
+    expected = torch.tensor([1 - root**2 for root in roots], dtype=torch.float64).cumprod(0)
+    torch.testing.assert_close(scaled_linear(0.00085, 0.012, 1000).double(), expected, rtol=1e-6, atol=0)
+    even = torch.tensor([1 - (1e-4 + (0.02 - 1e-4) * n / 999) for n in range(1000)], dtype=torch.float64).cumprod(0)
+    torch.testing.assert_close(linear(1e-4, 0.02, 1000).double(), even, rtol=1e-6, atol=0)
+    assert torch.equal(Schedule().left, scaled_linear(0.00085, 0.012, 1000))
+    assert torch.equal(Schedule(curve="squared_cosine", steps=100).left, LEFT)
+
+
+def test_a_rescaled_schedule_ends_in_noise_alone_and_begins_as_it_did() -> None:
+    left = zero_terminal_snr(Schedule().left)
+    assert float(left[-1]) == 0
+    assert float(left[0]) == pytest.approx(float(Schedule().left[0]), rel=1e-6)
+    assert bool((left.diff() < 0).all())
+    assert torch.equal(Schedule(zero_snr=True).left, left)
+
+
+@pytest.mark.parametrize("how", [{"first": 0.0}, {"first": 0.5, "last": 0.1}, {"last": 1.0}, {"steps": 1}])
+def test_schedules_that_add_no_more_noise_are_refused(how: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="more and more noise"):
+        Schedule(**how)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="predict the velocity"):
+        Diffusion(schedule=Schedule(zero_snr=True))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"last": 0.9}, {"last": 0.9, "zero_snr": True}, {"last": 0.2}, {"curve": "squared_cosine", "steps": 100_000},
+        {"first": 1e-12},
+    ],
+)  # fmt: skip
+def test_schedules_that_lose_the_signal_before_they_end_are_refused(how: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="some of the signal left before its last"):
+        Schedule(**how)  # type: ignore[arg-type]
+
+
+def test_steps_that_solvers_cannot_tell_apart_are_refused() -> None:
+    """The last two of DDPM's rescaled schedule have less signal than the clock of a solver goes to."""
+    way = Diffusion(
+        schedule=Schedule(curve="linear", first=1e-4, last=0.02, zero_snr=True), prediction="velocity",
+        solver=DPMSolver(), spacing="trailing",
+    )  # fmt: skip
+    noise = torch.randn(2, 3, generator=seeded())
+    assert bool(way.sample(lambda x, when: x / 2, noise, way.points(100)).isfinite().all())
+    with pytest.raises(ConfigError, match="999 steps, two of which have the same noise"):
+        way.points(999)
+
+
+def test_errors_of_all_predictions_weigh_as_that_of_the_sample() -> None:
+    """The same error of the sample, said as that of the noise or of the velocity, has the same weight."""
+    left, steps = Schedule().left, torch.arange(0, 1000, 77)
+    share = left[steps].double()
+    ratio = share / (1 - share)
+    wanted = ratio.clamp(max=5)
+    # An error of 1 of the sample is one of sqrt(ratio) of the noise, and of 1 / sqrt(1 - share) of the velocity.
+    for kind, squared in (("sample", torch.ones_like(ratio)), ("noise", ratio), ("velocity", 1 / (1 - share))):
+        weight = min_snr_weight(kind, steps, left).double() * squared  # type: ignore[arg-type]
+        torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=0)
+    none = min_snr_weight("noise", torch.tensor([999]), Schedule(zero_snr=True).left)
+    assert float(none) == 1
+
+
+def test_weights_of_the_loss() -> None:
+    x, step = torch.randn(3, 4, generator=seeded()), torch.tensor([5, 50, 95])
+    noise = torch.randn(3, 4, generator=seeded(1))
+    loss = diffusion_loss(lambda noisy, step: noisy * 0, x, left=LEFT, gamma=5.0, noise=noise, step=step)
+    weight = min_snr_weight("noise", step, LEFT)
+    torch.testing.assert_close(loss.total, (weight[:, None] * noise.square()).sum())
+    assert loss.weight == 12
+
+
+# ---- solvers
+
+
+@pytest.mark.parametrize("solver", [DDIM(), Euler(), Heun(), DPMSolver(), PLMS()])
+def test_solvers_agree_in_the_limit_and_those_of_second_order_get_there_sooner(solver: Solver) -> None:
+    left = Schedule(steps=1000).left
+
+    def model(x: Tensor, step: Tensor) -> Tensor:  # the noise in data of mean 0.3 and deviation 0.5
+        share = left[step.long()].to(x.dtype).view(-1, 1)
+        return (1 - share).sqrt() * (x - share.sqrt() * 0.3) / (share * 0.25 + 1 - share)
+
+    noise = torch.randn(50, 1, generator=seeded(), dtype=torch.float64)
+    share = float(left[-1])
+    deviation = (share * 0.25 + 1 - share) ** 0.5
+    exact = 0.3 + 0.5 * (noise - share**0.5 * 0.3) / deviation  # the flow of normal data keeps the order
+
+    def error(solver: Solver, steps: int) -> float:
+        way = Diffusion(solver=solver, spacing="linspace")
+        return float((way.sample(model, noise, way.points(steps)) - exact).abs().max())
+
+    assert error(solver, 100) < 0.2 * error(solver, 10)
+    if isinstance(solver, Heun | DPMSolver | PLMS):
+        assert error(solver, 20) < 0.75 * error(DDIM(), 20)
+
+
+@pytest.mark.parametrize("solver", [DDIM(), Euler(), DPMSolver()])
+def test_grids(solver: Solver) -> None:
+    def grid(**how: object) -> list[float]:
+        points = Diffusion(solver=solver, **how).points(4)  # type: ignore[arg-type]
+        assert points[-1].when == END
+        return [point.when for point in points[:-1]]
+
+    spare = isinstance(solver, DPMSolver)
+    assert grid(offset=1) == ([801, 601, 401, 201] if spare else [751, 501, 251, 1])
+    assert grid(spacing="trailing") == [999, 749, 499, 249]
+    assert grid(spacing="linspace") == ([999, 749, 500, 250] if spare else [999, 666, 333, 0])
+
+
+@pytest.mark.parametrize(
+    ("steps", "how"), [(0, {}), (1001, {}), (1000, {"offset": 1}), (1000, {"solver": DPMSolver()})]
+)
+def test_grids_that_are_not_there_are_refused(steps: int, how: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="steps"):
+        Diffusion(**how).points(steps)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="an offset of 1000"):
+        Diffusion(offset=1000)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loop_gives_policies_what_the_formulas_written_out_give_bit_for_bit(kind: Prediction) -> None:
+    """What policies were trained to do must not change by a rounding."""
+    mix = torch.randn(7, 7, generator=seeded())
+
+    def model(x: Tensor, step: Tensor) -> Tensor:
+        return torch.tanh(x @ mix + step.view(-1, 1, 1) / 50)
+
+    for steps, clip in ((10, 1.0), (3, None)):
+        noise = torch.randn(4, 5, 7, generator=seeded(1))
+        x = y = noise
+        draws, stride = seeded(2), 100 // steps
+        for now in range((steps - 1) * stride, -1, -stride):
+            at = torch.full((4,), now)
+            before, after = float(LEFT[now]), float(LEFT[now - stride]) if now >= stride else 1.0
+            sample, rest = sample_and_noise(kind, model(x, at), x, at, LEFT)
+            x = after**0.5 * (sample if clip is None else sample.clamp(-clip, clip)) + (1 - after) ** 0.5 * rest
+            sample, _ = sample_and_noise(kind, model(y, at), y, at, LEFT)
+            sample, kept = sample if clip is None else sample.clamp(-clip, clip), before / after
+            y = after**0.5 * (1 - kept) / (1 - before) * sample + kept**0.5 * (1 - after) / (1 - before) * y
+            if now >= stride:
+                deviation = ((1 - after) / (1 - before) * (1 - kept)) ** 0.5
+                y = y + deviation * torch.randn(y.shape, generator=draws)
+        assert torch.equal(ddim(model, noise, left=LEFT, steps=steps, prediction=kind, clip=clip), x)
+        found = ddpm(model, noise, left=LEFT, steps=steps, prediction=kind, clip=clip, generator=seeded(2))
+        assert torch.equal(found, y)
+
+
+# ---- guidance and noise
+
+
+def test_guidance() -> None:
+    asked, against = torch.randn(3, 4, 5, generator=seeded()), torch.randn(3, 4, 5, generator=seeded(1))
+    torch.testing.assert_close(Guidance(scale=1.0).mix(asked, against), asked)
+    torch.testing.assert_close(Guidance(scale=0.0).mix(asked, against), against)
+    guided = Guidance(scale=7.5).mix(asked, against)
+    torch.testing.assert_close(guided, against + 7.5 * (asked - against))
+    whole = Guidance(scale=7.5, rescale=1.0).mix(asked, against)
+    torch.testing.assert_close(whole.std((1, 2)), asked.std((1, 2)))
+    part = Guidance(scale=7.5, rescale=0.7).mix(asked, against)
+    torch.testing.assert_close(part, 0.7 * whole + 0.3 * guided)
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    torch.testing.assert_close(part, rescale_noise_cfg(guided, asked, guidance_rescale=0.7))
+    assert [Guidance(scale=2.0, interval=(0.2, 0.6)).at(p) for p in (0.0, 0.2, 0.6, 0.7)] == [False, True, True, False]
+    assert not Guidance().at(0.5)
+
+
+def test_rows_have_noise_of_their_own() -> None:
+    three, cpu = Dice([4, 5, 6]), torch.device("cpu")
+    first, second = three((2, 3), cpu), three((2, 3), cpu)
+    alone = Dice([5])
+    assert torch.equal(alone((2, 3), cpu)[0], first[1])
+    assert torch.equal(alone((2, 3), cpu)[0], second[1])
+    assert not torch.equal(first, second)

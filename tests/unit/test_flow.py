@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from polymodal.heads.flow import Beta, LogitNormal, Uniform, between, flow_loss
-from polymodal.samplers.flow import Velocity, continued, euler, guided, prefix_weights
+from polymodal.core.errors import ConfigError
+from polymodal.heads.flow import Beta, LogitNormal, Shifted, Uniform, between, flow_loss
+from polymodal.nn.noise import shifted
+from polymodal.samplers.diffusion import END, DPMSolver, Heun
+from polymodal.samplers.flow import Dynamic, Flow, Velocity, continued, euler, guided, prefix_weights
 
 CPU = torch.device("cpu")
 
@@ -170,3 +175,71 @@ def test_weights_fall_from_one_to_zero() -> None:
     assert float(weights[3]) == pytest.approx(share * (2.718281828**share - 1) / (2.718281828 - 1))
     assert prefix_weights(4, frozen=9, until=4).tolist() == [1, 1, 1, 1]
     assert prefix_weights(4, frozen=0, until=0).tolist() == [0, 0, 0, 0]
+
+
+# ---- flows of pictures
+
+
+def test_the_shift_moves_times_towards_noise_and_keeps_the_ends() -> None:
+    """By 3 the signal-to-noise ratio falls by 9: sqrt of the ratio is (1 - t) / t (Esser et al. 2024)."""
+    t = torch.linspace(0.01, 0.99, 50)
+    moved = shifted(t, 3.0)
+    torch.testing.assert_close((1 - moved) / moved, (1 - t) / t / 3)
+    assert (shifted(0.0, 3.0), shifted(1.0, 3.0)) == (0, 1)
+    drawn = Shifted(times=LogitNormal(), k=3.0).draw(200_000, CPU, seeded())
+    assert float(drawn.logit().mean()) == pytest.approx(math.log(3), abs=2e-2)
+
+
+def test_the_dynamic_shift_is_that_of_the_size() -> None:
+    shift = Dynamic()
+    assert shift.at(256) == pytest.approx(math.exp(0.5))
+    assert shift.at(4096) == pytest.approx(math.exp(1.15))
+    assert shift.at(1024) == pytest.approx(math.exp(0.5 + 0.65 * 768 / 3840))
+    with pytest.raises(ConfigError):
+        Dynamic(fewest=10, largest=10)
+    for how in ({"most": 1e6}, {"least": -1e6}, {"least": math.nan}):
+        with pytest.raises(ConfigError, match=r"it goes to exp\(20\)"):
+            Dynamic(**how)
+    with pytest.raises(ConfigError, match="a picture of 1,048,576 tokens"):
+        shift.at(2**20)
+
+
+def test_times_of_a_flow() -> None:
+    even = [p.when for p in Flow(spacing="even").points(4, 0)]
+    assert even == [1, 0.75, 0.5, 0.25, END]
+    trained = [p.when for p in Flow(shift=3.0).points(4, 0)]
+    least = shifted(0.001, 3.0)
+    assert trained[0] == 1
+    assert trained[-2] == pytest.approx(shifted(least, 3.0))  # twice, as diffusers has it
+    for steps in (0, 1001):
+        with pytest.raises(ConfigError, match="steps"):
+            Flow().points(steps, 0)
+    for k in (0.0, 1e-17, 1e30, math.nan):
+        with pytest.raises(ConfigError, match="factor above 0"):
+            Flow(shift=k)
+
+
+def test_a_flow_of_pictures_is_eulers_method() -> None:
+    matrix = torch.randn(3, 3, generator=seeded(3)) * 0.5
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return (x @ matrix).tanh() + t[:, None]
+
+    noise, way = torch.randn(5, 3, generator=seeded()), Flow(spacing="even")
+    torch.testing.assert_close(way.sample(velocity, noise, way.points(10, 0)), euler(velocity, noise, steps=10))
+
+
+@pytest.mark.parametrize("solver", [Heun(), DPMSolver()])
+def test_solvers_of_second_order_get_there_sooner(solver: Heun | DPMSolver) -> None:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:  # of data of mean 0.3 and deviation 0.5
+        time = t.to(x.dtype).view(-1, 1)
+        total = time**2 + (1 - time) ** 2 * 0.25
+        sample = 0.3 + (1 - time) * 0.25 / total * (x - (1 - time) * 0.3)
+        return (x - sample) / time
+
+    noise = torch.randn(50, 1, generator=seeded(), dtype=torch.float64)
+
+    def error(way: Flow) -> float:
+        return float((way.sample(velocity, noise, way.points(16, 0)) - (0.3 + 0.5 * noise)).abs().max())
+
+    assert error(Flow(solver=solver, spacing="even")) < 0.4 * error(Flow(spacing="even"))

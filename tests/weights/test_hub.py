@@ -91,12 +91,13 @@ class Cache:
         """A snapshot, laid out as `huggingface_hub` does: blobs, links to them, and a file a branch."""
         repo = self.home / "hub" / f"models--{name.replace('/', '--')}"
         snapshot = repo / "snapshots" / commit
-        for file in source.iterdir():
-            blob = repo / "blobs" / f"{commit[:4]}-{file.name}"
+        for file in (path for path in source.rglob("*") if path.is_file()):
+            place = file.relative_to(source)
+            blob = repo / "blobs" / f"{commit[:4]}-{'-'.join(place.parts)}"
             blob.parent.mkdir(parents=True, exist_ok=True)
             blob.write_bytes(file.read_bytes())
-            snapshot.mkdir(parents=True, exist_ok=True)
-            (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+            (snapshot / place).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / place).symlink_to(os.path.relpath(blob, (snapshot / place).parent))
         if branch:
             (repo / "refs").mkdir(exist_ok=True)
             (repo / "refs" / branch).write_text(commit)
@@ -139,6 +140,16 @@ def test_a_cached_model_loads_and_is_pinned(cache: Cache, folder: Path) -> None:
     assert cache.run("owner/model", load=True) == polymodal.load(folder).fingerprint
     assert json.loads(cache.pins.read_text()) == {"owner/model": NEW}
     assert cache.run("owner/model", **UNREACHABLE) == str(snapshot)
+
+
+def test_a_cached_pipeline_loads_and_is_pinned(cache: Cache, tmp_path: Path) -> None:
+    folder = nano("stable_diffusion").save(tmp_path / "model")
+    snapshot = cache.add("owner/model", NEW, folder)
+    fingerprint = polymodal.load(folder).fingerprint
+    assert cache.run("owner/model", load=True) == fingerprint
+    assert json.loads(cache.pins.read_text()) == {"owner/model": NEW}
+    assert cache.run("owner/model", load=True, **UNREACHABLE) == fingerprint
+    assert cache.run("owner/model") == str(snapshot)
 
 
 def test_a_pin_holds_when_the_branch_moves_on_and_a_revision_overrides_it(cache: Cache, folder: Path) -> None:

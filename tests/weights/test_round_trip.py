@@ -202,7 +202,12 @@ def saved_by_reference(name: str, folder: Path, **more: Any) -> Path:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
+    """Those of the parts of a pipeline under their folder's name, as rules name them."""
+    found = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        part = "" if file.parent == folder else f"{file.parent.name}."
+        found |= {f"{part}{name}": tensor for name, tensor in load_file(file).items()}
+    return found
 
 
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

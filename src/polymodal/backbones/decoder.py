@@ -21,7 +21,7 @@ from polymodal.core.tokens import Modality, Tokens
 from polymodal.nn.attention import attend
 from polymodal.nn.cache import Keeps, KVCache, Sight, sight
 from polymodal.nn.mlp import MLP, ActivationName, GatedMLP
-from polymodal.nn.norm import Norm
+from polymodal.nn.norm import Heads, Norm
 from polymodal.nn.rope import Rope, rotate
 
 
@@ -60,7 +60,7 @@ class AttentionConfig:
     """Grouped-query attention.
 
     Attributes:
-        qk_norm: of each head's queries and keys before they are rotated (Qwen 3, Gemma 3).
+        qk_norm: of each head's queries and keys before they are rotated (Qwen 3, Gemma 3; Chameleon).
         soft_cap: of the scores (Gemma 2).
         scale: of the scores; ``head_dim ** -0.5`` if None.
     """
@@ -70,7 +70,7 @@ class AttentionConfig:
     head_dim: int
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: Norm | None = None
+    qk_norm: Norm | Heads | None = None
     soft_cap: float | None = None
     scale: float | None = None
 
@@ -93,7 +93,8 @@ class DecoderConfig:
     """A decoder-only language model.
 
     Attributes:
-        post_norms: norms also after attention and feed-forward, before they are added (Gemma 2 and 3).
+        pre_norms: norms before attention and feed-forward.
+        post_norms: norms after them, before they are added (Gemma 2 and 3 have both; the large Chameleon these alone).
         embed_scale: of the token embeddings (Gemma: the root of ``dim``).
         tied: the output layer is the embedding table.
         soft_cap: of the logits (Gemma 2).
@@ -109,6 +110,7 @@ class DecoderConfig:
     norm: Norm
     position: Rope | Learned
     window: Window | None = None
+    pre_norms: bool = True
     post_norms: bool = False
     embed_scale: float | None = None
     tied: bool = False
@@ -137,8 +139,13 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(dim, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(dim, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.num_heads * c.head_dim, dim, bias=c.out_bias)
-        self.q_norm = nn.Identity() if c.qk_norm is None else c.qk_norm.build(c.head_dim)
-        self.k_norm = nn.Identity() if c.qk_norm is None else c.qk_norm.build(c.head_dim)
+        self.q_norm, self.k_norm = (self._norm(c, heads) for heads in (c.num_heads, c.num_kv_heads))
+
+    @staticmethod
+    def _norm(c: AttentionConfig, heads: int) -> nn.Module:
+        if isinstance(c.qk_norm, Heads):
+            return c.qk_norm.build_heads(heads, c.head_dim)
+        return nn.Identity() if c.qk_norm is None else c.qk_norm.build(c.head_dim)
 
     def project(
         self, x: Float[Tensor, "batch tokens dim"], rotary: Rotary | None
@@ -169,15 +176,15 @@ class SelfAttention(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Attention and feed-forward, each after a norm; with ``post_norms`` before another one, too."""
+    """Attention and feed-forward, each after a norm, before one, or between two."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         c, self.layer = config, layer
-        self.attn_norm = c.norm.build(c.dim)
+        self.attn_norm = c.norm.build(c.dim) if c.pre_norms else nn.Identity()
         self.attn = SelfAttention(c.dim, c.attention)
         self.attn_post_norm = c.norm.build(c.dim) if c.post_norms else nn.Identity()
-        self.mlp_norm = c.norm.build(c.dim)
+        self.mlp_norm = c.norm.build(c.dim) if c.pre_norms else nn.Identity()
         self.mlp = c.mlp.build(c.dim)
         self.mlp_post_norm = c.norm.build(c.dim) if c.post_norms else nn.Identity()
 

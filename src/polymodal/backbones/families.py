@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from polymodal.backbones.decoder import AttentionConfig, DecoderConfig, Gated, Learned, Plain, Window
 from polymodal.nn.mlp import ActivationName
-from polymodal.nn.norm import RMS, Layer, Norm, OffsetRMS
+from polymodal.nn.norm import RMS, Heads, Layer, Norm, OffsetRMS
 from polymodal.nn.rope import LinearScaling, Llama3Scaling, LongScaling, Rope, Scaling, YarnScaling
 from polymodal.weights.fields import ACTIVATION_NAMES, ACTIVATIONS, MOST_LAYERS, Fields
 from polymodal.weights.layouts import FAIRSEQ_FEED_FORWARD, PROJECTIONS
@@ -260,6 +260,38 @@ def _llama_rules(c: DecoderConfig, base: str, head: str, ours: str) -> list[Rule
         drop(f"{t}.self_attn.rotary_emb.inv_freq", "a table that older versions of transformers saved"),
         *_head(c, head, ours),
     ]
+
+
+def read_chameleon(f: Fields) -> DecoderConfig:
+    """A Llama whose queries and keys are normed head by head; the large one has its norms behind the layers."""
+    c = _common(f, vocab=65536, dim=4096, layers=32, context=4096)
+    f.require("attention_bias", False)
+    f.require("mlp_bias", False)
+    f.ignore("how the official code was split; the norms of the heads are written out", "model_parallel_size")
+    behind = f.take("swin_norm", bool, False)
+    return DecoderConfig(
+        **c,
+        attention=AttentionConfig(**_heads(f, c["dim"], 32, 32), qk_norm=Heads()),
+        mlp=_gated(f, 11008), norm=RMS(eps=f.take("rms_norm_eps", float, 1e-5)),
+        position=read_rope(f, context=c["context"]), pre_norms=not behind, post_norms=behind,
+    )  # fmt: skip
+
+
+def write_chameleon(c: DecoderConfig) -> dict[str, Any]:
+    """The fields of `read_chameleon`."""
+    raw = _write_common(c) | write_rope(c.position)
+    del raw["head_dim"]  # it follows from the width
+    return raw | {"hidden_act": ACTIVATION_NAMES[c.mlp.activation], "swin_norm": c.post_norms}
+
+
+def chameleon_rules(c: DecoderConfig, base: str, head: str, ours: str) -> list[Rule]:
+    """Its names."""
+    t, o = f"{base}.layers.{{i}}", f"{ours}.blocks.{{i}}"
+    rules = [r for r in _llama_rules(c, base, head, ours) if not any("norm" in name for name in r.ours)]
+    behind = "_post" if c.post_norms else ""
+    norms = {"input_layernorm": f"attn{behind}_norm", "post_attention_layernorm": f"mlp{behind}_norm"}
+    norms |= {f"self_attn.{n}_norm": f"attn.{n}_norm" for n in "qk"}
+    return [*rules, rule(f"{base}.norm.weight", f"{ours}.norm.weight"), *renames(t, o, norms)]
 
 
 def _projections(c: DecoderConfig, t: str, o: str) -> list[Rule]:

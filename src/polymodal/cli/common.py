@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from polymodal.core.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from polymodal.systems.base import System
 
@@ -59,14 +61,23 @@ def model_name(name: str) -> str:
     return str(path.resolve()) if path.is_dir() else name
 
 
-def load_model(name: str) -> System:
-    """A model in the precision and on the device that are the fastest here."""
+def load_model(name: str, lora: Path | None = None) -> System:
+    """A model in the precision and on the device that are the fastest here, with an adapter merged into it."""
     import torch
 
     from polymodal.api import load
     from polymodal.nn.packed import can_pack, pack
 
     model = load(name, precision="auto")
+    if lora is not None:  # before layers are packed
+        if "hf" not in model.formats:
+            raise UnsupportedError(
+                f"{name} is a {type(model).__name__}, whose layers shared adapters have no names for"
+            )
+        from polymodal.train.lora import merge_lora
+        from polymodal.train.lora_files import load_lora
+
+        merge_lora(load_lora(model, lora, names=model.hub_layers()))
     if torch.cuda.is_available():
         return model.cuda()
     if can_pack():

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from polymodal.core.batch import Batch, Loss
+from polymodal.core.drawing import Drawing, Glimpse, Settled
 from polymodal.core.observation import Observation
 from polymodal.core.sample import Sample
 from polymodal.core.sounding import Sounding, Voice
@@ -328,6 +329,35 @@ class Codes(Protocol):
 
 
 @runtime_checkable
+class PictureCodes(Protocol):
+    """Writes pictures, or films, as whole numbers and reads them back."""
+
+    @property
+    def codebook_size(self) -> int: ...
+
+    @property
+    def factor(self) -> int:
+        """Pixels along each side of a code's square."""
+        ...
+
+    def quantize(self, pixels: Float[Tensor, "batch channels *size"]) -> Int[Tensor, "batch *grid"]:
+        """Codes of pixels in [-1, 1]; those of films have frames before the height.
+
+        Raises:
+            MediaError: the sides, or the frames, are no multiples of what a code stands for.
+        """
+        ...
+
+    def reconstruct(self, codes: Int[Tensor, "batch *grid"]) -> Float[Tensor, "batch channels *size"]:
+        """Pixels of codes.
+
+        Raises:
+            UnsupportedError: the weights have no decoder.
+        """
+        ...
+
+
+@runtime_checkable
 class Transcribes(Protocol):
     """Writes down what is said in a sound of any length."""
 
@@ -382,6 +412,56 @@ class Sounds(Protocol):
         ...
 
 
+@runtime_checkable
+class Draws(Protocol):
+    """Makes pictures of texts, anew or of other pictures."""
+
+    @property
+    def multiple(self) -> int:
+        """Pixels that the sides of a picture are multiples of."""
+        ...
+
+    def settled(self, drawing: Drawing, *, begun: tuple[int, int] | None = None, masked: bool = False) -> Settled:
+        """The drawing with all that is left to the model filled in, a seed among it.
+
+        Args:
+            drawing: what is asked for.
+            begun: width and height of a picture to begin with.
+            masked: whether only a part of it is made anew.
+
+        Raises:
+            ConfigError: the size is no multiple of what the model paints, or there is a strength and no picture.
+        """
+        ...
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        drawing: Drawing,
+        *,
+        image: Float[Tensor, "images 3 height width"] | None = None,
+        mask: Float[Tensor, "masks 1 mask_height mask_width"] | None = None,
+        control: Float[Tensor, "controls 3 control_height control_width"] | None = None,
+        watch: Callable[[Glimpse], None] | None = None,
+    ) -> Float[Tensor, "pictures 3 height width"]:
+        """A picture for each prompt, in [0, 1], on the CPU.
+
+        Args:
+            prompts: what is to be seen.
+            drawing: how to make them; the seed of each is the one before it and one.
+            image: pictures to begin with, in [0, 1]; one for all, or one each. They give the size.
+            mask: 1 where a picture is made anew and 0 where it is kept; of the size of ``image``, which it needs.
+            control: pictures of what has to be where, for models that look at such.
+            watch: is told after each step.
+
+        Raises:
+            ConfigError: the size is no multiple of what the model paints, or something is out of range.
+            MediaError: a prompt is longer than the model reads, or a mask has another size than the picture.
+            UnsupportedError: the model cannot read texts, or looks at no control.
+        """
+        ...
+
+
 def verbs_of(system: type) -> Sequence[str]:
     """The names of the verbs that a class implements."""
     names = {
@@ -392,6 +472,7 @@ def verbs_of(system: type) -> Sequence[str]:
         "count": "count",
         "act": "act",
         "sound": "sound",
+        "draw": "draw",
         "transcribe_stream": "transcribe",
     }
     return [verb for method, verb in names.items() if getattr(system, method, None) is not None]

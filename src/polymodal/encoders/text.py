@@ -53,6 +53,12 @@ class TextTower(nn.Module):
         Raises:
             MediaError: the text is longer than the context.
         """
+        return self.last_two(ids, valid)[1]
+
+    def last_two(
+        self, ids: Int[Tensor, "batch tokens"], valid: Bool[Tensor, "batch tokens"] | None = None
+    ) -> tuple[Float[Tensor, "batch tokens dim"], Tokens]:
+        """The tokens before the last block, not normed, and `forward`'s."""
         length = ids.shape[1]
         if length > self.config.context:
             raise MediaError(f"a text of {length} tokens; this tower reads at most {self.config.context}")
@@ -60,10 +66,11 @@ class TextTower(nn.Module):
         tokens = Tokens.of(
             x + self.position[:length].to(x.dtype), causal=self.config.causal, modality=Modality.TEXT, valid=valid
         )
-        x, mask = tokens.x, None if valid is None else tokens.mask()
+        before = x = tokens.x
+        mask = None if valid is None else tokens.mask()
         for block in self.blocks:
-            x = block(x, mask=mask, causal=self.config.causal and mask is None)
-        return tokens.with_x(self.norm(x))
+            before, x = x, block(x, mask=mask, causal=self.config.causal and mask is None)
+        return before, tokens.with_x(self.norm(x))
 
     def at(self, tokens: Tokens, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
         """The vectors at one position a row."""

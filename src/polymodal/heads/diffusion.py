@@ -1,6 +1,6 @@
 """Denoising diffusion: what was added to the data, or the data themselves, from noisy ones.
 
-Source: Ho et al. 2020, https://arxiv.org/abs/2006.11239. Schedules and predictions are those of `nn.noise`.
+Source: Ho et al. 2020, https://arxiv.org/abs/2006.11239. Schedules, predictions and weights are those of `nn.noise`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from polymodal.core.batch import Loss
 from polymodal.heads.action import masked
-from polymodal.nn.noise import Prediction, add_noise, target
+from polymodal.nn.noise import Prediction, add_noise, min_snr_weight, target
 
 Denoiser: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(noisy data, the step of each row) -> the prediction."""
@@ -28,6 +28,9 @@ def diffusion_loss(
     prediction: Prediction = "noise",
     mask: Bool[Tensor, "batch ..."] | None = None,
     generator: torch.Generator | None = None,
+    gamma: float | None = None,
+    noise: Float[Tensor, "batch *shape"] | None = None,
+    step: Int[Tensor, " batch"] | None = None,
 ) -> Loss:
     """Squared error of the prediction at one drawn step a row; summed over the values that ``mask`` keeps.
 
@@ -38,8 +41,16 @@ def diffusion_loss(
         prediction: what the model predicts.
         mask: True for values that are learned; it broadcasts to ``x``.
         generator: seeds noise and steps.
+        gamma: weighs errors by `nn.noise.min_snr_weight`; None weighs all alike.
+        noise: instead of what would be drawn.
+        step: instead of the steps that would be drawn.
     """
-    noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
-    step = torch.randint(len(left), (len(x),), device=x.device, generator=generator)
+    if noise is None:
+        noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+    if step is None:
+        step = torch.randint(len(left), (len(x),), device=x.device, generator=generator)
     predicted = denoiser(add_noise(x, noise, step, left), step)
-    return masked((predicted.float() - target(prediction, x, noise, step, left)).square(), mask)
+    error = (predicted.float() - target(prediction, x, noise, step, left)).square()
+    if gamma is not None:
+        error = error * min_snr_weight(prediction, step, left, gamma).view(-1, *[1] * (x.ndim - 1))
+    return masked(error, mask)

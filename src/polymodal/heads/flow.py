@@ -17,6 +17,7 @@ from torch import Tensor
 
 from polymodal.core.batch import Loss
 from polymodal.heads.action import masked
+from polymodal.nn.noise import shifted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,21 @@ class LogitNormal:
         return (self.mean + self.std * torch.randn(count, device=device, generator=generator)).sigmoid()
 
 
-Times: TypeAlias = Beta | Uniform | LogitNormal
+@dataclass(frozen=True, kw_only=True)
+class Shifted:
+    """Times that are drawn and then moved towards noise by ``k``: Stable Diffusion 3 at large pictures.
+
+    For FLUX's kind, ``k`` is `samplers.flow.Dynamic` of the picture's size.
+    """
+
+    times: LogitNormal | Uniform
+    k: float
+
+    def draw(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> Float[Tensor, " n"]:
+        return shifted(self.times.draw(count, device, generator), self.k)
+
+
+Times: TypeAlias = Beta | Uniform | LogitNormal | Shifted
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(what is between data and noise, the time of each row) -> where it moves as time grows: towards noise."""
 

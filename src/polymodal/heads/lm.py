@@ -28,6 +28,8 @@ def next_token_loss(
     labels: Int[Tensor, "batch tokens"],
     logits: Callable[[Tensor], Tensor],
     weights: Float[Tensor, " batch"] | None = None,
+    *,
+    z_loss: float = 0.0,
 ) -> Loss:
     """Cross-entropy of each label given the tokens before it; its weight is the number of supervised tokens.
 
@@ -39,6 +41,7 @@ def next_token_loss(
         labels: ids, `IGNORE` where nothing is learned; not shifted: ``labels[i]`` is the token at place ``i``.
         logits: the output layer.
         weights: how much each label of a row counts, instead of one.
+        z_loss: so much of the squared logarithm of the softmax's divisor is added: logits do not drift (PaLM).
     """
     keep = labels[:, 1:] != IGNORE
     counted = hidden.new_ones(len(labels)) if weights is None else weights
@@ -49,7 +52,10 @@ def next_token_loss(
     def part(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         scores = logits(x).float()
         hits = scores.detach().argmax(-1) == y
-        return (w * F.cross_entropy(scores, y, reduction="none")).sum(), (w * hits).sum()
+        cost = F.cross_entropy(scores, y, reduction="none")
+        if z_loss:
+            cost = cost + z_loss * scores.logsumexp(-1).square()
+        return (w * cost).sum(), (w * hits).sum()
 
     for loss, hits in _in_chunks(part, hidden[:, :-1][keep], labels[:, 1:][keep], counted):
         total, right = total + loss, right + hits

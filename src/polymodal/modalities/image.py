@@ -711,6 +711,16 @@ _FIXED: dict[str, dict[str, Any]] = {
     "Siglip": {**_STANDARD, **_SQUARE, "default_to_square": False, "resample": 3},
     "ViT": {**_STANDARD, **_SQUARE, "resample": 2},
     "Blip": {**OPENAI, **_SQUARE, "size": 384, "resample": 3},
+    "Chameleon": {
+        **_COLOUR,
+        **_CUT,
+        "size": 512,
+        "crop_size": 512,
+        "resample": 1,
+        "rescale_factor": 0.0078,
+        "image_mean": (1.0, 1.0, 1.0),
+        "image_std": (1.0, 1.0, 1.0),
+    },
     "Framed": {**_STANDARD, **_SQUARE, "resample": 2},  # ours alone
 }
 _FLEXIBLE: dict[str, dict[str, Any]] = {

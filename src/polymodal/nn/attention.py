@@ -10,20 +10,25 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Self- or cross-attention with separate projections, named as the Llama family names them."""
+    """Self- or cross-attention with separate projections, named as the Llama family names them.
 
-    def __init__(self, dim: int, num_heads: int, *, bias: bool = True, key_bias: bool = True) -> None:
+    ``context_dim`` is the width of what is attended to, where that is not ``dim``.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, *, bias: bool = True, key_bias: bool = True, context_dim: int | None = None
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q_proj = nn.Linear(dim, dim, bias=bias)
-        self.k_proj = nn.Linear(dim, dim, bias=bias and key_bias)
-        self.v_proj = nn.Linear(dim, dim, bias=bias)
+        self.k_proj = nn.Linear(context_dim or dim, dim, bias=bias and key_bias)
+        self.v_proj = nn.Linear(context_dim or dim, dim, bias=bias)
         self.o_proj = nn.Linear(dim, dim)
 
     def forward(
         self,
         x: Float[Tensor, "batch queries dim"],
-        context: Float[Tensor, "batch keys dim"] | None = None,
+        context: Float[Tensor, "batch keys context_dim"] | None = None,
         *,
         mask: Bool[Tensor, "batch #heads #queries keys"] | None = None,
         causal: bool = False,

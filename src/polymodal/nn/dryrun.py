@@ -178,6 +178,8 @@ class DryRun(TorchDispatchMode):
             args = (args[0], _places(args[1]), *args[2:])
         with self.fake if dry else nullcontext():
             out = func(*args, **kwargs)
+        if dry and func.overloadpacket is torch.ops.aten.argmin:  # codes become tokens: the first stands for any
+            out = torch.zeros(out.shape, dtype=out.dtype)
         made = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         known = {t.untyped_storage()._cdata for t in given}
         made = [t for t in made if t.untyped_storage()._cdata not in known]

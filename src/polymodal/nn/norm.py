@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -37,6 +38,19 @@ class OffsetRMSNorm(RMSNorm):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         return (normalised(x, self.eps) * (1 + self.weight.float())).to(x.dtype)
+
+
+class HeadNorm(nn.Module):
+    """Layer norm of the vectors of attention's heads, with a scale and a shift of each head's own (Chameleon)."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_heads, head_dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+
+    def forward(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Float[Tensor, "batch heads tokens head_dim"]:
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight[:, None] + self.bias[:, None]
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -102,6 +116,16 @@ class Layer:
 
     def build(self, dim: int) -> nn.Module:
         return nn.LayerNorm(dim, eps=self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """Layer norm of queries and keys with parameters of each head's own."""
+
+    eps: float = 1e-5
+
+    def build_heads(self, num_heads: int, head_dim: int) -> nn.Module:
+        return HeadNorm(num_heads, head_dim, self.eps)
 
 
 Norm: TypeAlias = RMS | OffsetRMS | Layer

@@ -9,13 +9,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def sincos_2d(dim: int, height: int, width: int) -> Float[Tensor, "patches {dim}"]:
-    """The 2-D sin-cos table of MAE: the first half of ``dim`` encodes x (width), the second half y (height)."""
+def sincos_2d(dim: int, height: int, width: int, *, apart: float = 1.0) -> Float[Tensor, "patches {dim}"]:
+    """The 2-D sin-cos table of MAE: the first half of ``dim`` encodes x (width), the second half y (height).
+
+    Neighbours are ``apart`` from each other.
+    """
     assert dim % 4 == 0, "a 2-D sin-cos table needs a dim that 4 divides"
     omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
 
     def axis(count: int) -> Tensor:
-        angle = torch.arange(count, dtype=torch.float64, device="cpu")[:, None] * omega
+        angle = apart * torch.arange(count, dtype=torch.float64, device="cpu")[:, None] * omega
         return torch.cat([angle.sin(), angle.cos()], 1)
 
     x = axis(width)[None].expand(height, width, dim // 2)

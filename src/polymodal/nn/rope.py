@@ -144,6 +144,33 @@ class Rope:
         return angle.cos() * attention, angle.sin() * attention
 
 
+@dataclass(frozen=True, kw_only=True)
+class AxialRope:
+    """Each axis of the positions turns dimensions of its own, with a whole range of frequencies (FLUX).
+
+    ``dims`` are how many dimensions of a head each axis has. `Rope` with sections, in contrast, shares out one range.
+    """
+
+    dims: tuple[int, ...]
+    theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if not self.dims or any(dim < 2 or dim % 2 for dim in self.dims):
+            raise ConfigError(f"axes turn even numbers of dimensions, not {self.dims}")
+
+    def angles(
+        self, position: Int[Tensor, "batch tokens axes"]
+    ) -> tuple[Float[Tensor, "batch 1 tokens half"], Float[Tensor, "batch 1 tokens half"]]:
+        """Cosines and sines for these positions, in fp32."""
+        assert position.shape[-1] == len(self.dims), "as many positions as axes"
+        every = []
+        for axis, dim in enumerate(self.dims):
+            steps = torch.arange(0, dim, 2, device=position.device, dtype=torch.float64) / dim
+            every.append(position[..., axis, None].double() * self.theta**-steps)
+        angle = torch.cat(every, -1).unsqueeze(1)
+        return angle.cos().float(), angle.sin().float()
+
+
 def rotate(
     x: Float[Tensor, "batch heads tokens head_dim"],
     cos: Float[Tensor, "batch 1 tokens half"],

@@ -1,23 +1,45 @@
 """Integrating a learned velocity from noise (t = 1) to data (t = 0), and guiding it by a beginning that is fixed.
 
-Euler as openpi has it. Guidance: Black, Galliker & Levine, "Real-Time Execution of Action Chunking Flow Policies",
-2025, https://arxiv.org/abs/2506.07339: a chunk is drawn while the one before is still carried out; the steps that will
-have been carried out by then are frozen, those after them are drawn to the old chunk, ever less.
+`euler` is openpi's, for policies: what they were trained to do must not change by a rounding, so that it has a loop of
+its own. Guidance: Black, Galliker & Levine, "Real-Time Execution of Action Chunking Flow
+Policies", 2025, https://arxiv.org/abs/2506.07339: a chunk is drawn while the one before is still carried out; the steps
+that will have been carried out by then are frozen, those after them are drawn to the old chunk, ever less.
+
+Pictures are a `Flow`, which the loop of `samplers.diffusion` samples. Its shift: Esser et al. 2024,
+https://arxiv.org/abs/2403.03206; that by the size of the picture is FLUX's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from polymodal.core.errors import ConfigError
+from polymodal.nn.noise import shifted
+from polymodal.samplers.diffusion import (
+    END,
+    Adjust,
+    Diffusion,
+    DPMSolver,
+    Euler,
+    Fresh,
+    Heun,
+    Point,
+    Watch,
+    sampled,
+)
+
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(point, time of each row) -> velocity towards noise."""
+MOST: Final = 20.0  # of a shift's logarithm: times behind it are no more told from noise
 
 
 def euler(
@@ -95,3 +117,112 @@ def guided(
         return v.detach() - factor.clamp(max=strongest) * pull
 
     return pulled
+
+
+@dataclass(frozen=True)
+class Line(Point):
+    """A time of a flow, on the line ``(1 - time) * sample + time * noise``; the model predicts ``noise - sample``."""
+
+    time: float
+
+    @property
+    def signal(self) -> float:
+        return 1 - self.time
+
+    @property
+    def rest(self) -> float:
+        return self.time
+
+    @property
+    def scale(self) -> float:
+        return 1.0
+
+    def read(self, predicted: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x - self.time * predicted, x + (1 - self.time) * predicted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dynamic:
+    """FLUX's shift, which grows with the picture: ``exp`` of what is linear in its tokens, between two sizes."""
+
+    least: float = 0.5  # at so many tokens:
+    fewest: int = 256
+    most: float = 1.15
+    largest: int = 4096
+
+    def __post_init__(self) -> None:
+        if not self.fewest < self.largest:
+            raise ConfigError(f"a shift between {self.fewest} and {self.largest} tokens")
+        if not max(abs(self.least), abs(self.most)) <= MOST:
+            raise ConfigError(f"a shift by exp({self.least}) to exp({self.most}); it goes to exp({MOST:g})")
+
+    def at(self, tokens: int) -> float:
+        """The factor for a picture of so many tokens.
+
+        Raises:
+            ConfigError: the line that it is on goes nowhere with so many.
+        """
+        grown = self.least + (self.most - self.least) * (tokens - self.fewest) / (self.largest - self.fewest)
+        if abs(grown) > MOST:
+            raise ConfigError(f"a picture of {tokens:,} tokens, at which times would be shifted by exp({grown:g})")
+        return math.exp(grown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """How a rectified flow is sampled.
+
+    Attributes:
+        shift: of the times, towards noise: one for all pictures (Stable Diffusion 3), or by their size (FLUX).
+        spacing: before the shift: "even" goes to 0 in equal steps; "trained" takes its last one from the least time
+            of ``steps``, shifted, as diffusers' scheduler does if it is not told otherwise.
+        steps: that the times of training are counted in.
+    """
+
+    shift: float | Dynamic = 1.0
+    solver: Euler | Heun | DPMSolver = field(default_factory=Euler)
+    spacing: Literal["even", "trained"] = "trained"
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shift, Dynamic) and not math.exp(-MOST) <= self.shift <= math.exp(MOST):
+            raise ConfigError(
+                f"times are shifted by a factor above 0, from exp(-{MOST:g}) to exp({MOST:g}), not {self.shift}"
+            )
+
+    def points(self, steps: int, places: int) -> list[Line]:
+        """Where ``steps`` of the solver lead, from noise to data, for a picture of so many tokens.
+
+        Raises:
+            ConfigError: fewer than one step, or more than were trained.
+        """
+        if not 1 <= steps <= self.steps:
+            raise ConfigError(f"{steps} steps; this model takes 1 to {self.steps}")
+        fixed = not isinstance(self.shift, Dynamic)
+        k = self.shift.at(places) if isinstance(self.shift, Dynamic) else self.shift
+        least = 1 / steps if self.spacing == "even" else 1 / self.steps
+        if fixed and self.spacing == "trained":
+            least = shifted(least, k)
+        times = [shifted(t, k) for t in np.linspace(1, least, steps).tolist()]
+        return [*(Line(t, t) for t in times), Line(END, 0.0)]
+
+    def progress(self, when: float) -> float:
+        """Which share of the way to data is done."""
+        return 1 - when
+
+    def sample(
+        self,
+        model: Velocity,
+        x: Tensor,
+        points: Sequence[Point],
+        *,
+        fresh: Fresh | None = None,
+        adjust: Adjust | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """`samplers.diffusion.sampled` with this solver."""
+        return sampled(model, x, points, self.solver, fresh=fresh, adjust=adjust, watch=watch)
+
+
+Sampling: TypeAlias = Diffusion | Flow
+"""How a model makes pictures of noise."""

@@ -222,5 +222,62 @@ TABLE = Registry(
             paper="Neural Codec Language Models are Zero-Shot Text to Speech Synthesizers",
             url="https://arxiv.org/abs/2301.02111", modalities=("text", "audio"),
         ),
+        Entry(
+            name="vqgan", module="polymodal.systems.vqgan", cls="VQGAN", model_types=("chameleon_vqgan",),
+            paper="Taming Transformers for High-Resolution Image Synthesis", year=2020,
+            url="https://arxiv.org/abs/2012.09841", modalities=("image",),
+        ),
+        Entry(
+            name="stable_diffusion", module="polymodal.systems.stable_diffusion", cls="StableDiffusion",
+            model_types=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"), year=2021,
+            paper="High-Resolution Image Synthesis with Latent Diffusion Models",
+            url="https://arxiv.org/abs/2112.10752", modalities=("text", "image"),
+        ),
+        Entry(
+            name="controlnet", module="polymodal.systems.controlnet", cls="ControlNet",
+            model_types=("StableDiffusionControlNetPipeline",), year=2023, url="https://arxiv.org/abs/2302.05543",
+            paper="Adding Conditional Control to Text-to-Image Diffusion Models", modalities=("text", "image"),
+        ),
+        Entry(
+            name="sdxl", module="polymodal.systems.sdxl", cls="SDXL", year=2023,
+            model_types=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
+            paper="SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis",
+            url="https://arxiv.org/abs/2307.01952", modalities=("text", "image"),
+        ),
+        Entry(
+            name="chameleon", module="polymodal.systems.chameleon", cls="Chameleon", model_types=("chameleon",),
+            paper="Chameleon: Mixed-Modal Early-Fusion Foundation Models", year=2024,
+            url="https://arxiv.org/abs/2405.09818", modalities=("image", "text"),
+        ),
+        Entry(
+            name="dit", module="polymodal.systems.dit", cls="DiT", model_types=("DiTPipeline",), year=2022,
+            paper="Scalable Diffusion Models with Transformers", url="https://arxiv.org/abs/2212.09748",
+            modalities=("image",),
+        ),
+        Entry(
+            name="sd3", module="polymodal.systems.sd3", cls="SD3", model_types=("StableDiffusion3Pipeline",), year=2024,
+            paper="Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
+            url="https://arxiv.org/abs/2403.03206", modalities=("text", "image"),
+        ),
+        Entry(
+            name="flux", module="polymodal.systems.flux", cls="Flux", model_types=("FluxPipeline",), year=2024,
+            paper="FLUX.1 (Announcing Black Forest Labs)",
+            url="https://blackforestlabs.ai/announcing-black-forest-labs/", modalities=("text", "image"),
+        ),
+        Entry(
+            name="parti", module="polymodal.systems.parti", cls="Parti", model_types=("polymodal_parti",), year=2022,
+            paper="Scaling Autoregressive Models for Content-Rich Text-to-Image Generation",
+            url="https://arxiv.org/abs/2206.10789", modalities=("text", "image"),
+        ),
+        Entry(
+            name="cosmos_tokenizer", module="polymodal.systems.cosmos_tokenizer", cls="CosmosTokenizer",
+            model_types=("AutoencoderKLCosmos",), year=2025, url="https://arxiv.org/abs/2501.03575",
+            paper="Cosmos World Foundation Model Platform for Physical AI", modalities=("image", "video"),
+        ),
+        Entry(
+            name="sora", module="polymodal.systems.sora", cls="Sora", model_types=("sora",), year=2024,
+            paper="Video generation models as world simulators (in the style of Sora)",
+            url="https://openai.com/research/video-generation-models-as-world-simulators", modalities=("text", "video"),
+        ),
     ),
 )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from polymodal.core.batch import Batch, Loss
 from polymodal.core.errors import MediaError, UnsupportedError
-from polymodal.core.files import read_json, write_json
+from polymodal.core.files import write_json
 from polymodal.core.sample import IMAGE_SUFFIXES, Sample, samples
 from polymodal.core.verbs import TensorSpec
 from polymodal.heads.contrastive import ContrastiveHead, SigmoidHead
@@ -22,9 +22,8 @@ from polymodal.modalities.image import ImageProcessor, Processor, load_processor
 from polymodal.nn.precision import Precision, cast
 from polymodal.nn.skeleton import skeleton
 from polymodal.tokenizers.text import Pad, TextTokenizer
-from polymodal.weights.files import Checkpoint, write_shards
 from polymodal.weights.format import Format, Reference
-from polymodal.weights.rules import Copy, Plan, plan, to_theirs, unplan
+from polymodal.weights.rules import Copy, Plan, Squeeze, plan, to_theirs, unplan
 
 PREPROCESSOR = "preprocessor_config.json"
 S = TypeVar("S", bound="System")
@@ -104,10 +103,11 @@ class System(nn.Module):
         The module is made on the meta device and filled tensor by tensor: a checkpoint is never in memory twice.
         """
         fmt = cls.formats[format_name]
-        config, _ = fmt.read(read_json(folder / fmt.config_file))
+        raw = fmt.config(folder)
+        config, _ = fmt.read(raw)
         with skeleton():
             model = cls(config)
-        with Checkpoint(folder, fmt.weights_file) as checkpoint:
+        with fmt.open(folder, raw) as checkpoint:
             todo = model.plan(fmt, checkpoint.meta())
             for name, tensor in todo.tensors(checkpoint.read, str(folder)):
                 model._fill(name, tensor)
@@ -170,9 +170,8 @@ class System(nn.Module):
             raw |= fmt.write_images(self.images)
         elif self.images is not None:
             write_json(folder / PREPROCESSOR, self.images.to_hf())
-        write_json(folder / fmt.config_file, raw)
         self.save_processors(folder)
-        write_shards(folder, stream(), single=fmt.weights_file, shard_bytes=shard_bytes)
+        fmt.store(folder, raw, stream(), shard_bytes=shard_bytes)
         return folder
 
     def to_hub(self, tensors: Mapping[str, Tensor], format_name: str = "hf") -> dict[str, Tensor]:
@@ -180,10 +179,19 @@ class System(nn.Module):
         return to_theirs(self.formats[format_name].rules(self.config), tensors)
 
     def hub_layers(self, format_name: str = "hf") -> dict[str, str]:
-        """Our names of the layers that a format holds unchanged -> their names there (for LoRA adapters)."""
-        steps = unplan(self.formats[format_name].rules(self.config), self.state_dict())
-        weights = [(s.ours[0], s.theirs[0]) for s in steps if isinstance(s.op, Copy) and s.ours[0].endswith(".weight")]
-        return {ours.removesuffix(".weight"): theirs.removesuffix(".weight") for ours, theirs in weights}
+        """Our names of the layers that a format holds unchanged, or as 1x1 convolutions -> their names there (for LoRA
+        adapters)."""
+        return {ours: theirs for ours, theirs, _ in self._hub_layers(format_name)}
+
+    def hub_convolutions(self, format_name: str = "hf") -> frozenset[str]:
+        """Our names of those among `hub_layers` that the format holds as 1x1 convolutions."""
+        return frozenset(ours for ours, _, op in self._hub_layers(format_name) if op == Squeeze((2, 3)))
+
+    def _hub_layers(self, format_name: str) -> Iterator[tuple[str, str, Copy | Squeeze]]:
+        end = ".weight"
+        for step in unplan(self.formats[format_name].rules(self.config), self.state_dict()):
+            if isinstance(step.op, Copy | Squeeze) and step.ours[0].endswith(end):
+                yield step.ours[0].removesuffix(end), step.theirs[0].removesuffix(end), step.op
 
     # -- identity
 

@@ -33,6 +33,7 @@ from polymodal.core.errors import ConfigError
 from polymodal.core.files import read_json
 from polymodal.core.sample import Sample
 from polymodal.core.verbs import TensorSpec
+from polymodal.encoders.clip_text import TEXT
 from polymodal.encoders.text import TextConfig, TextTower
 from polymodal.encoders.vit import ViT, ViTConfig
 from polymodal.heads.contrastive import ContrastiveHead
@@ -135,12 +136,6 @@ class CLIP(DualEncoder):
 VISION: FieldTable = (
     *TRANSFORMER_FIELDS, *IMAGE_FIELDS[::2], ("patch_size", "patch_size", 32),
     ("hidden_act", "activation", "quick_gelu"), ("layer_norm_eps", "norm_eps", 1e-5),
-)  # fmt: skip
-TEXT: FieldTable = (
-    ("hidden_size", "dim", 512), ("num_hidden_layers", "num_layers", 12), ("num_attention_heads", "num_heads", 8),
-    ("intermediate_size", "hidden_dim", 2048), ("hidden_act", "activation", "quick_gelu"),
-    ("layer_norm_eps", "norm_eps", 1e-5), ("vocab_size", "vocab_size", 49408),
-    ("max_position_embeddings", "context", 77),
 )  # fmt: skip
 
 

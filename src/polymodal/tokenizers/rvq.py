@@ -31,6 +31,14 @@ class Quantised(NamedTuple):
     penalty: Float[Tensor, ""]  # what the codebooks cost: to be added to a loss that is a mean over the batch
 
 
+class Coded(NamedTuple):
+    """Vectors as one code each (`tokenizers.vq`, `tokenizers.fsq`)."""
+
+    x: Float[Tensor, "batch dim *grid"]  # what the codes stand for; the gradient passes straight through
+    codes: Int[Tensor, "batch *grid"]
+    penalty: Float[Tensor, ""]  # to be added to a loss that is a mean over the batch
+
+
 def agreed(drawn: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """What the first process drew: codebooks are the same on all, and so must all chances be."""
     return gather_with_grad(drawn)[: len(drawn)]

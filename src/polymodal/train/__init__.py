@@ -4,6 +4,7 @@ from polymodal.train.dpo import DPO, Preference, Preferences, read_preference
 from polymodal.train.grpo import GRPO, Prompts
 from polymodal.train.loop import Result, fit
 from polymodal.train.lora import add_lora, load_peft, merge_lora, save_peft
+from polymodal.train.lora_files import load_lora
 from polymodal.train.rl import Practice, Scenes
 from polymodal.train.run import Bar, Constant, Cosine, Header, Linear, Run, Stage, load_run
 
@@ -25,6 +26,7 @@ __all__ = [
     "Stage",
     "add_lora",
     "fit",
+    "load_lora",
     "load_peft",
     "load_run",
     "merge_lora",

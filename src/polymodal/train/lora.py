@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,10 +109,8 @@ def add_lora(
     """
     if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
         raise ConfigError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, not {rank}, {alpha} and {dropout}")
-    if _adapters(model):
-        raise ConfigError("the model has LoRA adapters already: merge_lora(model) first")
     chosen: dict[str, nn.Linear] = {}
-    layers = _linears(model)
+    layers = layers_to_adapt(model)
     for target in targets:
         matched = {name: layer for name, layer in layers.items() if _is_target(name, target)}
         if not matched:
@@ -121,9 +119,28 @@ def add_lora(
         chosen |= matched
     model.requires_grad_(False)
     for name, layer in chosen.items():
-        adapter = LoraLinear(layer, rank=rank, alpha=alpha, dropout=dropout)
-        model.set_submodule(name, adapter.train(layer.training))
+        put_adapter(model, name, layer, rank=rank, alpha=alpha, dropout=dropout)
     return model
+
+
+def layers_to_adapt(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that may have an adapter, by name.
+
+    Raises:
+        ConfigError: some have one already.
+    """
+    if _adapters(model):
+        raise ConfigError("the model has LoRA adapters already: merge_lora(model) first")
+    return _linears(model)
+
+
+def put_adapter(
+    model: nn.Module, name: str, layer: nn.Linear, *, rank: int, alpha: float, dropout: float = 0.0
+) -> LoraLinear:
+    """Puts an adapter in the place of one layer."""
+    adapter = LoraLinear(layer, rank=rank, alpha=alpha, dropout=dropout).train(layer.training)
+    model.set_submodule(name, adapter)
+    return adapter
 
 
 def merge_lora(model: Model) -> Model:
@@ -146,11 +163,18 @@ def without_lora(model: nn.Module) -> Iterator[None]:
             adapter.active = True
 
 
-def save_peft(model: nn.Module, folder: str | Path, *, names: Mapping[str, str] | None = None) -> None:
+def save_peft(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    names: Mapping[str, str] | None = None,
+    convolutions: Collection[str] = (),
+) -> None:
     """Writes the adapters as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Args:
         names: our names of layers -> those in the file; a layer without an entry keeps its own.
+        convolutions: our names of layers that are 1x1 convolutions there: ``model.hub_convolutions()``.
 
     Raises:
         ConfigError: the model has no adapters.
@@ -159,15 +183,16 @@ def save_peft(model: nn.Module, folder: str | Path, *, names: Mapping[str, str] 
     if not adapters:
         raise ConfigError("the model has no LoRA adapters to save: add_lora(model) makes them")
     names = names or {}
+    axes = {names.get(name, name): (1, 1) for name in convolutions}
     adapters = {names.get(name, name): adapter for name, adapter in adapters.items()}
     first = next(iter(adapters.values()))
     ends = sorted({name.rpartition(".")[2] for name in adapters})
     others = [name for name in _linears(model) if any(_is_target(names.get(name, name), end) for end in ends)]
     folder = Path(folder)
     tensors = {
-        f"{PREFIX}{name}.{part}.weight": getattr(adapter, part).weight.detach().cpu().contiguous()
+        f"{PREFIX}{name}.{part}.weight": matrix.reshape(*matrix.shape, *axes.get(name, ())).cpu().contiguous()
         for name, adapter in adapters.items()
-        for part in ("lora_A", "lora_B")
+        for part, matrix in (("lora_A", adapter.lora_A.weight.detach()), ("lora_B", adapter.lora_B.weight.detach()))
     }
     with atomic_path(folder / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
@@ -201,16 +226,15 @@ def load_peft(model: Model, folder: str | Path, *, names: Mapping[str, str] | No
         ConfigError: the adapter is no plain LoRA (DoRA, rsLoRA, ranks that differ by layer, trained biases ...).
         WeightsError: tensors are missing, left over or of another shape; the model was not changed.
     """
-    if _adapters(model):
-        raise ConfigError("the model has LoRA adapters already: merge_lora(model) first")
+    linears = layers_to_adapt(model)
     config = _plain_config(Path(folder) / "adapter_config.json")
     path = Path(folder) / "adapter_model.safetensors"
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(str(path), [f"it cannot be read: {error}"]) from None
+    tensors = {key: as_matrix(tensor) for key, tensor in tensors.items()}
     targets, rank = config["target_modules"], config["r"]
-    linears = _linears(model)
     ours = {(names or {}).get(name, name): name for name in linears}
     layers = {theirs: linears[name] for theirs, name in ours.items()}
     if isinstance(targets, str):  # a regular expression: PEFT has written a pair for each layer that it matched
@@ -271,6 +295,11 @@ def _plain_config(path: Path) -> dict[str, Any]:
     if wrong:
         raise ConfigError(f"{path} is malformed: {'; '.join(wrong)}")
     return config
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """Half an adapter: of a 1x1 convolution, files have it with more axes."""
+    return tensor.flatten(1) if tensor.ndim > 2 and tensor.shape[2:].numel() == 1 else tensor
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -14,6 +14,7 @@ _NOTHING: Any = object()
 # A stranger's config must not make us build a billion layers before the weights have been looked at.
 LARGEST = 2**20
 MOST_LAYERS = 1000
+MOST_LEVELS = 16  # each halves a picture
 
 
 class FieldsError(ConfigError):
@@ -147,11 +148,14 @@ class Fields:
     def is_list(self, name: str) -> bool:
         return isinstance(self._values.get(name), list)
 
-    def numbers(self, name: str, kind: type[T]) -> tuple[T, ...]:
-        """A list of numbers of one kind."""
+    def numbers(self, name: str, kind: type[T], *, most: int = LARGEST, longest: int | None = None) -> tuple[T, ...]:
+        """A list of at most ``longest`` numbers of one kind, none above ``most``."""
         values = self.take(name, list)
+        if longest is not None and len(values) > longest:
+            self.problems.append(f"{self._where}: {name} has {len(values):,} numbers, expected at most {longest}")
+            values = values[:longest]
         each = Fields({str(i): value for i, value in enumerate(values)}, f"{self._where}: {name}", self.problems)
-        return tuple(each.take(str(i), kind, least=0) for i in range(len(values)))
+        return tuple(each.take(str(i), kind, least=0, most=most) for i in range(len(values)))
 
     def choose(self, name: str, options: Mapping[str, T], default: str = _NOTHING) -> T:
         """The field's value, translated; unknown values are a problem."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from polymodal.core.errors import ConfigError
-from polymodal.weights.files import SINGLE
+from polymodal.core.files import read_json, write_json
+from polymodal.weights.files import SINGLE, Checkpoint, write_shards
+from polymodal.weights.pipeline import PipelineCheckpoint, read_configs, write_configs, write_parts
 from polymodal.weights.rules import Rule
 
 
@@ -25,6 +29,28 @@ class Format:
     # processor, and the processor -> fields that the config file gets.
     read_images: Callable[[Path, Any], Any] | None = None
     write_images: Callable[[Any], dict[str, Any]] | None = None
+    # Of a pipeline (see `weights.pipeline`): its folders that hold weights, and the name of the file in each.
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+    def config(self, folder: Path) -> Any:
+        """What `read` reads, from the files of a folder."""
+        return read_configs(folder, self.parts) if self.parts else read_json(folder / self.config_file)
+
+    def open(self, folder: Path, raw: Mapping[str, Any]) -> Checkpoint:
+        """The tensors of a folder with this `config`; parts that it leaves empty are not looked for."""
+        if self.parts:
+            return PipelineCheckpoint(folder, {n: file for n, file in self.parts.items() if raw.get(n) is not None})
+        return Checkpoint(folder, self.weights_file)
+
+    def store(
+        self, folder: Path, raw: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int
+    ) -> None:
+        """Writes what `config` and `open` read."""
+        if self.parts:
+            write_parts(folder, write_configs(folder, raw), tensors, shard_bytes=shard_bytes)
+            return
+        write_json(folder / self.config_file, raw)
+        write_shards(folder, tensors, single=self.weights_file, shard_bytes=shard_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,15 @@ from pathlib import Path
 
 from polymodal.core.errors import ConfigError
 from polymodal.core.files import cache_dir, read_json, write_json
+from polymodal.weights.pipeline import INDEX
 
 # Only data, and only of the top folder: no pickles, no code.
 SMALL = ["*.json", "*.txt", "*.model"]
 WEIGHTS = ["model*.safetensors", "policy_preprocessor*.safetensors"]  # the latter: statistics of LeRobot's policies
 OTHER_WEIGHTS = ["*.safetensors"]  # of a repository without config.json
+# Of a pipeline, also of the folders of its parts; but no second copy of its weights, and not the filter of pictures.
+PARTS = [f"*/{kind}" for kind in (*SMALL, "model*.safetensors", "diffusion_pytorch_model*.safetensors")]
+NO_PARTS = ["*/*/*", "*.fp16*", "*.non_ema*", "safety_checker/*", "vae_1_0/*", "vae_encoder/*", "vae_decoder/*"]
 
 
 def shipped() -> dict[str, Path]:
@@ -64,12 +68,20 @@ def _download(name: str, revision: str | None) -> Path:
             kept = snapshot_download(
                 name, revision=pinned, allow_patterns=patterns, ignore_patterns="*/*", local_files_only=True
             )
-            return Path(kept)
+            if not (Path(kept) / INDEX).is_file():
+                return Path(kept)
+            return Path(
+                snapshot_download(
+                    name, revision=pinned, allow_patterns=PARTS, ignore_patterns=NO_PARTS, local_files_only=True
+                )
+            )
     try:
         # Each call asks the Hub, and answers from the local cache where the Hub cannot be reached.
         folder = Path(snapshot_download(name, revision=wanted, allow_patterns=SMALL, ignore_patterns="*/*"))
-        weights = WEIGHTS if (folder / "config.json").is_file() else OTHER_WEIGHTS
-        folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=weights, ignore_patterns="*/*"))
+        weights, ignored = WEIGHTS if (folder / "config.json").is_file() else OTHER_WEIGHTS, ["*/*"]
+        if weights is OTHER_WEIGHTS and (folder / INDEX).is_file():
+            weights, ignored = PARTS, NO_PARTS
+        folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=weights, ignore_patterns=ignored))
     except Exception as error:  # what the client raises without a network has no common base
         raise ConfigError(f"{name}: {_reason(error, wanted)}") from error
     commit = folder.name

@@ -9,6 +9,7 @@ from polymodal.weights.rules import Rule, Split, Squeeze, Transpose, renames, ru
 
 # Names within a layer, theirs and ours, for `renames`.
 PROJECTIONS: Final = {**{f"{n}_proj": f"{n}_proj" for n in "qkv"}, "out_proj": "o_proj"}
+TO_PROJECTIONS: Final = {**{f"to_{n}": f"{n}_proj" for n in "qkv"}, "to_out.0": "o_proj"}  # diffusers'
 FAIRSEQ_FEED_FORWARD: Final = {"fc1": "mlp.up_proj", "fc2": "mlp.down_proj", "final_layer_norm": "mlp_norm"}
 FEED_FORWARD: Final = {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
 QUERY_KEY_VALUE: Final = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}  # BERT's

@@ -146,6 +146,53 @@ class Squeeze:
 
 
 @dataclass(frozen=True)
+class Flatten:
+    """The last axes, of this shape, become one (a convolution over patches that do not overlap: a linear layer)."""
+
+    shape: tuple[int, ...]
+
+    def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
+        (tensor,) = tensors
+        if tuple(tensor.shape[-len(self.shape) :]) != self.shape or tensor.ndim <= len(self.shape):
+            raise ValueError(f"the last axes of {tuple(tensor.shape)} are not {self.shape}")
+        return [tensor.flatten(-len(self.shape))]
+
+    def to_theirs(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [tensors[0].unflatten(-1, self.shape)]
+
+
+@dataclass(frozen=True)
+class SwapHalves:
+    """The halves of the first axis change places (a scale and a shift that one layer makes)."""
+
+    def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
+        (tensor,) = tensors
+        if tensor.shape[0] % 2:
+            raise ValueError(f"axis 0 of {tuple(tensor.shape)} has no halves")
+        return [torch.cat(tensor.chunk(2)[::-1])]
+
+    to_theirs = to_ours
+
+
+@dataclass(frozen=True)
+class Same:
+    """Theirs has ``count`` copies of what is one tensor here; copies that differ are refused."""
+
+    count: int
+
+    def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
+        first, *rest = tensors
+        if len(tensors) != self.count or any(other.shape != first.shape for other in rest):
+            raise ValueError(f"not {self.count} copies of one tensor")
+        if not first.is_meta and not all(torch.equal(first, other) for other in rest):
+            raise ValueError(f"{self.count} tensors that should be copies of one differ")
+        return [first]
+
+    def to_theirs(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [tensors[0].clone() for _ in range(self.count)]
+
+
+@dataclass(frozen=True)
 class RopePermute:
     """Rows of a q or k projection from interleaved rotary pairs (Meta) to halves (the Hub), head by head."""
 
@@ -242,7 +289,11 @@ class Plan:
         if self.problems:
             raise WeightsError(where, self.problems)
         for step in self.steps:
-            yield from zip(step.ours, step.op.to_ours([read(name) for name in step.theirs]), strict=True)
+            try:
+                made = step.op.to_ours([read(name) for name in step.theirs])
+            except ValueError as error:  # of values: shapes were looked at before
+                raise WeightsError(where, [f"{', '.join(step.theirs)}: {error}"]) from error
+            yield from zip(step.ours, made, strict=True)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
