@@ -242,7 +242,7 @@ def test_a_finished_run_leaves_the_system_that_learned(tmp_path: Path, monkeypat
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         "from dataclasses import replace\nfrom polymodal.train import add_lora\nfrom polymodal.train.dpo import DPO\n"
-        "from tests.toy_vlm import vlm\nfrom tests.unit import test_dpo\n"
+        "from tests.toy_vlm import vlm\nfrom tests.systems import test_dpo\n"
         "def run():\n"
         "    whole = test_dpo.run({}, 2)\n"
         "    return replace(whole, model=lambda: DPO(add_lora(vlm(), rank=2)))\n"

@@ -42,7 +42,7 @@ from tests.nano import DECODER, NANO, every_system, nano, nano_batch
 # Stage 1 of BLIP-2 reads pairs; the others hear, or write codes.
 UNPRICED = {"blip2_qformer", "clap", "encodec", "dac", "wav2vec2", "whisper", "musicgen", "valle"}
 UNPRICED |= {"vqgan", "cosmos_tokenizer", "parti"}  # they read pixels, or codes
-UNPRICED |= {"dit", "sd3", "flux", "sora"}  # they paint
+UNPRICED |= {"dit", "sd3", "flux", "sora", "stable_diffusion", "sdxl", "controlnet"}  # they paint
 NANO_INPUT = Input(images=((56, 56),), text=5, new=4, batch=2)
 
 
