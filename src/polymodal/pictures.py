@@ -216,24 +216,26 @@ def drawn(
     if mask is not None and image is None:
         raise ConfigError("a mask says what of a picture is made anew: give the picture, too")
     prompt, size = clean(prompt), drawing.size
-    begun = None if image is None else _pixels(decode(_image(image)), size)
-    anew = None if mask is None else _mask(mask, image, size)
+    first, covered, looked = (None if given is None else _Given.of(given) for given in (image, mask, control))
+    begun = None if first is None else _pixels(first.rgb, size)
+    anew = None if covered is None or first is None else _mask(covered, first, size)
     shape = None if begun is None else (begun.shape[3], begun.shape[2])
-    looked = None if control is None else decode(_image(control))
     if looked is not None and begun is None and size is None:
-        drawing = replace(drawing, size=looked.size)
+        drawing = replace(drawing, size=looked.rgb.size)
     d = model.settled(replace(drawing, negative=clean(drawing.negative)), begun=shape, masked=mask is not None)
-    shown = None if looked is None else _control(looked, _image(control).where, d.size)
+    shown = None if looked is None else _control(looked, d.size)
+    pairs = (("image", first), ("mask", covered), ("control", looked))
+    names = {what: given.name for what, given in pairs if given is not None}
     made = Made(
         prompt=prompt, model=_called(model.source), seed=d.seed, width=d.size[0], height=d.size[1], steps=d.steps,
         guidance=float(d.guidance), negative=d.negative, rescale=float(d.rescale), interval=d.interval,
-        strength=d.strength, image=_name(image), mask=_name(mask), control=_name(control),
+        strength=d.strength, **names,
         control_scale=None if control is None else d.control_scale,
         control_guess=None if control is None else d.control_guess, lora=None if lora is None else _file(lora),
     )  # fmt: skip
-    for first in range(0, n, at_once):
-        rows = min(at_once, n - first)
-        way, each = replace(d, seed=d.seed + first), [replace(made, seed=d.seed + first + row) for row in range(rows)]
+    for start in range(0, n, at_once):
+        rows = min(at_once, n - start)
+        way, each = replace(d, seed=d.seed + start), [replace(made, seed=d.seed + start + row) for row in range(rows)]
         tell = None if watch is None else _telling(watch, each)
         pictures = model.draw([prompt] * rows, way, image=begun, mask=anew, control=shown, watch=tell)
         for picture, how in zip(pictures, each, strict=True):
@@ -256,11 +258,21 @@ def clean(text: str) -> str:
     return text
 
 
-def _name(picture: Any) -> str | None:
-    if picture is None:
-        return None
-    pixels = decode(_image(picture))
-    return _named(_image(picture).where, pixels.tobytes())
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """A picture that goes in."""
+
+    rgb: PILImage.Image
+    where: str
+
+    @classmethod
+    def of(cls, picture: Any) -> _Given:
+        image = picture if isinstance(picture, Image) else Image(picture)
+        return cls(decode(image), image.where)
+
+    @property
+    def name(self) -> str:
+        return _named(self.where, self.rgb.tobytes())
 
 
 def _file(path: Path) -> str:
@@ -278,16 +290,13 @@ def _called(source: str) -> str:
     return folder.resolve().name if folder.is_absolute() or folder.is_dir() else source
 
 
-def _image(picture: Any) -> Image:
-    return picture if isinstance(picture, Image) else Image(picture)
-
-
-def _control(rgb: PILImage.Image, where: str, size: tuple[int, int]) -> Float[Tensor, "1 3 height width"]:
+def _control(given: _Given, size: tuple[int, int]) -> Float[Tensor, "1 3 height width"]:
     """A control picture, brought to ``size`` where that has about its shape: what it shows has to be somewhere."""
-    (width, height), stretch = size, rgb.width * size[1] / (rgb.height * size[0])
+    rgb, (width, height) = given.rgb, size
+    stretch = rgb.width * size[1] / (rgb.height * size[0])
     if not 1 - STRETCH < stretch < 1 / (1 - STRETCH):
         raise MediaError(
-            f"the control picture {where} has {rgb.width} x {rgb.height} pixels: it would be stretched to "
+            f"the control picture {given.where} has {rgb.width} x {rgb.height} pixels: it would be stretched to "
             f"{width} x {height}; cut it to that shape, or ask for a size of its own"
         )
     return _pixels(rgb, size)
@@ -300,13 +309,12 @@ def _pixels(rgb: PILImage.Image, size: tuple[int, int] | None) -> Float[Tensor, 
     return torch.from_numpy(np.asarray(rgb).copy()).movedim(-1, 0)[None].float() / 255
 
 
-def _mask(mask: Any, picture: Any, size: tuple[int, int] | None) -> Float[Tensor, "1 1 height width"]:
+def _mask(mask: _Given, picture: _Given, size: tuple[int, int] | None) -> Float[Tensor, "1 1 height width"]:
     """1 where the mask is rather white."""
-    seen, whole = decode(_image(mask)), decode(_image(picture))
+    seen, whole = mask.rgb, picture.rgb
     if seen.size != whole.size:
         raise MediaError(
-            f"the mask {_image(mask).where} has {seen.width} x {seen.height} pixels, its picture "
-            f"{whole.width} x {whole.height}"
+            f"the mask {mask.where} has {seen.width} x {seen.height} pixels, its picture {whole.width} x {whole.height}"
         )
     grey = seen.convert("L")
     grey = grey if size is None else grey.resize(size, PILImage.Resampling.NEAREST)

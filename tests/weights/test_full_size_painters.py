@@ -108,25 +108,30 @@ def config_of(model: Any) -> dict[str, Any]:
     return json.loads(json.dumps(config))
 
 
+def published(name: str, parts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """The config of a pipeline and its tensors, as diffusers and transformers write them, and what they made of it."""
+    raw: dict[str, Any] = {"_class_name": name}
+    models = {part: made(kind, fields) for part, (kind, fields) in parts.items() if part != "scheduler"}
+    for part, (kind, fields) in parts.items():
+        entry = transformers_part if kind.startswith(("CLIP", "T5")) else diffusers_part
+        raw[part] = entry(kind, config_of(models[part]) if part in models else fields)
+    theirs = {
+        f"{part}.{key}": torch.empty(tensor.shape, device="meta")
+        for part, model in models.items()
+        for key, tensor in model.state_dict().items()
+    }
+    return raw, theirs, models
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.proves(entry[0], CLAIM)) for n, entry in PUBLISHED.items()]
 )
 def test_every_tensor(name: str) -> None:
     system, pipeline, parts, count = PUBLISHED[name]
     cls = TABLE[system].resolve()
-    raw: dict[str, Any] = {"_class_name": pipeline}
-    theirs: dict[str, Tensor] = {}
-    for part, (kind, fields) in parts.items():
-        if part == "scheduler":
-            raw[part] = diffusers_part(kind, fields)
-            continue
-        model = made(kind, fields)
-        entry = transformers_part if kind.startswith(("CLIP", "T5")) else diffusers_part
-        raw[part] = entry(kind, config_of(model))
-        theirs |= {f"{part}.{key}": torch.empty(t.shape, device="meta") for key, t in model.state_dict().items()}
-        if part == "transformer":
-            own = [p for k, p in model.named_parameters() if ".norm1.emb." not in k or ".0.norm1" in k]
-            assert sum(p.numel() for p in own) == count  # DiT's blocks have copies of what the first one has
+    raw, theirs, models = published(pipeline, parts)
+    own = [p for k, p in models["transformer"].named_parameters() if ".norm1.emb." not in k or ".0.norm1" in k]
+    assert sum(p.numel() for p in own) == count  # DiT's blocks have copies of what the first one has
     config, _ = cls.formats["hf"].read(raw)
     if system == "dit":  # what their files compute, and the official code
         official = replace(config.backbone, mlp_norm_eps=1e-6, wave_gap=0)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from polymodal.nn.skeleton import skeleton
 from polymodal.systems import TABLE, controlnet, sdxl, stable_diffusion
-from polymodal.weights.pipeline import diffusers_part, transformers_part
 from polymodal.weights.rules import plan, unplan
-from tests.weights.test_full_size_painters import CLIP_G, CLIP_L, FOUR, config_of, made
+from tests.weights.test_full_size_painters import CLIP_G, CLIP_L, FOUR, published
 
 CLAIM = "weights: every tensor of the full-size checkpoints"
 CLIP_H = CLIP_L | {
@@ -76,18 +72,8 @@ PRESETS = stable_diffusion.PRESETS | sdxl.PRESETS | controlnet.PRESETS
 def test_every_tensor(name: str) -> None:
     system, pipeline, parts, (counted, count) = PUBLISHED[name]
     cls = TABLE[system].resolve()
-    raw: dict[str, Any] = {"_class_name": pipeline}
-    theirs: dict[str, Tensor] = {}
-    for part, (kind, fields) in parts.items():
-        if part == "scheduler":
-            raw[part] = diffusers_part(kind, fields)
-            continue
-        model = made(kind, fields)
-        fields = json.loads(json.dumps(config_of(model)))  # lists, as in a file
-        raw[part] = (transformers_part if kind.startswith("CLIP") else diffusers_part)(kind, fields)
-        theirs |= {f"{part}.{key}": torch.empty(t.shape, device="meta") for key, t in model.state_dict().items()}
-        if part == counted:
-            assert sum(p.numel() for p in model.parameters()) == count
+    raw, theirs, models = published(pipeline, parts)
+    assert sum(p.numel() for p in models[counted].parameters()) == count
     config, _ = cls.formats["hf"].read(raw)
     assert config == PRESETS[name]()
     with skeleton():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -70,6 +71,11 @@ class Drawing:
             raise ConfigError(
                 f"strength is more than 0 (which would change nothing) and at most 1; not {self.strength}"
             )
+
+
+def any_seed() -> int:
+    """One that nothing decides, for a drawing that has none."""
+    return random.SystemRandom().randrange(2**31)
 
 
 @dataclass(frozen=True, kw_only=True)

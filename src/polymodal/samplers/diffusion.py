@@ -294,8 +294,28 @@ def sampled(
     return x
 
 
+class Sampler:
+    """How a diffusion or a flow is sampled: a solver, and the bound of what it estimates, see `sampled`."""
+
+    solver: Solver
+    clip: float | None = None
+
+    def sample(
+        self,
+        model: Denoiser,
+        x: Tensor,
+        points: Sequence[Point],
+        *,
+        fresh: Fresh | None = None,
+        adjust: Adjust | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """`sampled` with this solver."""
+        return sampled(model, x, points, self.solver, clip=self.clip, fresh=fresh, adjust=adjust, watch=watch)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Diffusion:
+class Diffusion(Sampler):
     """How a diffusion was trained and is sampled.
 
     Attributes:
@@ -352,19 +372,6 @@ class Diffusion:
     def progress(self, when: float) -> float:
         """Which share of the way to data is done."""
         return 1 - when / (self.schedule.steps - 1)
-
-    def sample(
-        self,
-        model: Denoiser,
-        x: Tensor,
-        points: Sequence[Point],
-        *,
-        fresh: Fresh | None = None,
-        adjust: Adjust | None = None,
-        watch: Watch | None = None,
-    ) -> Tensor:
-        """`sampled` with this solver."""
-        return sampled(model, x, points, self.solver, clip=self.clip, fresh=fresh, adjust=adjust, watch=watch)
 
 
 def ddim(

@@ -12,7 +12,7 @@ https://arxiv.org/abs/2403.03206; that by the size of the picture is FLUX's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
@@ -26,15 +26,12 @@ from polymodal.core.errors import ConfigError
 from polymodal.nn.noise import shifted
 from polymodal.samplers.diffusion import (
     END,
-    Adjust,
     Diffusion,
     DPMSolver,
     Euler,
-    Fresh,
     Heun,
     Point,
-    Watch,
-    sampled,
+    Sampler,
 )
 
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -169,7 +166,7 @@ class Dynamic:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flow:
+class Flow(Sampler):
     """How a rectified flow is sampled.
 
     Attributes:
@@ -209,19 +206,6 @@ class Flow:
     def progress(self, when: float) -> float:
         """Which share of the way to data is done."""
         return 1 - when
-
-    def sample(
-        self,
-        model: Velocity,
-        x: Tensor,
-        points: Sequence[Point],
-        *,
-        fresh: Fresh | None = None,
-        adjust: Adjust | None = None,
-        watch: Watch | None = None,
-    ) -> Tensor:
-        """`samplers.diffusion.sampled` with this solver."""
-        return sampled(model, x, points, self.solver, fresh=fresh, adjust=adjust, watch=watch)
 
 
 Sampling: TypeAlias = Diffusion | Flow

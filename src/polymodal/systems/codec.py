@@ -11,20 +11,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from polymodal.core.batch import Batch, Loss
-from polymodal.core.errors import MediaError, UnsupportedError
+from polymodal.core.errors import MediaError
 from polymodal.core.sample import Sample
 from polymodal.core.verbs import TensorSpec
 from polymodal.heads.codec import Balancer, MultiScaleSpectrum, adversarial, feature_matching, hinge
 from polymodal.modalities.audio import blocks
-from polymodal.nn.precision import Precision
-from polymodal.systems.base import System
+from polymodal.systems.exact import ExactSystem
 from polymodal.tokenizers.rvq import Quantised
 from polymodal.weights.format import Format
 
 C = TypeVar("C", bound="Codec")
 
 
-class Codec(System):
+class Codec(ExactSystem):
     """Base of the codecs, for waveforms ``batch channels samples`` in [-1, 1]; a batch has them as ``wave``."""
 
     terms: ClassVar[Mapping[str, float]]  # weights of the losses of `reconstruction`, as the paper adds them up
@@ -81,17 +80,6 @@ class Codec(System):
         return {"wave": TensorSpec(shape=(self.channels, round(self.segment * self.sample_rate)))}
 
     # -- weights
-
-    @classmethod
-    def from_folder(cls: type[C], folder: Path, format_name: str, *, precision: Precision = "fp32") -> C:
-        """As of every system; always in fp32, because rounded vectors are nearest to other codes.
-
-        Raises:
-            UnsupportedError: bf16 is asked for.
-        """
-        if precision == "bf16":
-            raise UnsupportedError(f"{cls.__name__} runs in fp32 only: rounded vectors would have other codes")
-        return super().from_folder(folder, format_name, precision="fp32")
 
     def load_images(self, folder: Path, fmt: Format) -> None:
         """A preprocessor in these folders is one of sound; the config says it all."""

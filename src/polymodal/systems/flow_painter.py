@@ -20,7 +20,7 @@ from polymodal.encoders.clip_text import CLIPText, CLIPTextConfig
 from polymodal.heads.flow import LogitNormal, Shifted
 from polymodal.nn.patches import pack
 from polymodal.samplers.flow import Dynamic, Flow
-from polymodal.systems.latent_painting import LatentPainter
+from polymodal.systems.latent_painting import LatentPainter, empty_ids, ids_spec, read_tokenizer
 from polymodal.systems.painting import Condition
 from polymodal.tokenizers.language import LanguageTokenizer
 from polymodal.tokenizers.text import TextTokenizer
@@ -84,7 +84,7 @@ class FlowPainter(LatentPainter):
         c, (width, height) = self.config, self.size
         spec = {
             "pixels": TensorSpec(shape=(c.vae.pyramid.channels, height, width)),
-            "ids": _ids(c.clip),
+            "ids": ids_spec(c.clip),
         }  # fmt: skip
         if c.t5 is not None:
             spec["t5_ids"] = TensorSpec(shape=(c.t5_tokens,), dtype=torch.int64, high=c.t5.vocab_size)
@@ -133,7 +133,7 @@ class FlowPainter(LatentPainter):
 
     def empty(self) -> dict[str, Int[Tensor, " tokens"]]:
         """What `prompt` makes of the empty text."""
-        out = {"ids": self.clip.empty() if self.tokenizer is None else self.tokenizer([""])[0][0]}
+        out = {"ids": empty_ids(self.tokenizer, self.clip)}
         if (t5 := self.config.t5) is not None:
             out["t5_ids"] = torch.full((self.config.t5_tokens,), t5.pad_id)
             out["t5_ids"][0] = T5_END
@@ -208,12 +208,3 @@ class FlowPainter(LatentPainter):
             self.tokenizer.save(folder / "tokenizer")
         if self.t5_tokenizer is not None:
             self.t5_tokenizer.save(folder / self.t5_folder)
-
-
-def _ids(c: CLIPTextConfig) -> TensorSpec:
-    return TensorSpec(shape=(c.tower.context,), dtype=torch.int64, high=c.tower.vocab_size, last=c.eot_id)
-
-
-def read_tokenizer(folder: Path, c: CLIPTextConfig) -> TextTokenizer | None:
-    """The tokenizer of a tower of CLIP, where there is one; it fills texts up."""
-    return TextTokenizer.from_folder(folder, length=c.tower.context, pad="max") if folder.is_dir() else None

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from polymodal.backbones.unet import UNet
 from polymodal.core.batch import Batch
 from polymodal.core.errors import MediaError, UnsupportedError
 from polymodal.core.verbs import TensorSpec
-from polymodal.encoders.clip_text import CLIPText
+from polymodal.encoders.clip_text import CLIPText, CLIPTextConfig
 from polymodal.systems.painting import Condition, Painter
 from polymodal.systems.stable_diffusion_files import StableDiffusionConfig
 from polymodal.tokenizers.text import TextTokenizer
@@ -26,6 +26,21 @@ def checked_length(tokenizer: TextTokenizer, texts: Sequence[str]) -> None:
     for text in texts:
         if (tokens := tokenizer.count(text)) > tokenizer.length:
             raise MediaError(f"a text of {tokens} tokens; this model reads at most {tokenizer.length}")
+
+
+def ids_spec(c: CLIPTextConfig) -> TensorSpec:
+    """What a tower of CLIP reads."""
+    return TensorSpec(shape=(c.tower.context,), dtype=torch.int64, high=c.tower.vocab_size, last=c.eot_id)
+
+
+def empty_ids(tokenizer: TextTokenizer | None, tower: CLIPText) -> Int[Tensor, " tokens"]:
+    """The text that says nothing."""
+    return tower.empty() if tokenizer is None else tokenizer([""])[0][0]
+
+
+def read_tokenizer(folder: Path, c: CLIPTextConfig) -> TextTokenizer | None:
+    """The tokenizer of a tower of CLIP, where there is one; it fills texts up."""
+    return TextTokenizer.from_folder(folder, length=c.tower.context, pad="max") if folder.is_dir() else None
 
 
 class LatentPainter(Painter):
@@ -79,10 +94,10 @@ class TextPainter(UNetPainter):
             part_of.init_weights()
 
     def inputs_spec(self) -> dict[str, TensorSpec]:
-        c, (width, height) = self.text.config, self.size
+        width, height = self.size
         return {
             "pixels": TensorSpec(shape=(self.vae.config.pyramid.channels, height, width)),
-            "ids": TensorSpec(shape=(c.tower.context,), dtype=torch.int64, high=c.tower.vocab_size, last=c.eot_id),
+            "ids": ids_spec(self.text.config),
         }
 
     def prompt(self, texts: Sequence[str]) -> Batch:
@@ -94,7 +109,7 @@ class TextPainter(UNetPainter):
 
     def drop(self, batch: Batch, rows: Bool[Tensor, " batch"]) -> Batch:
         ids = batch["ids"]
-        empty = self.text.empty() if self.tokenizer is None else self.tokenizer([""])[0][0]
+        empty = empty_ids(self.tokenizer, self.text)
         return Batch(batch, ids=torch.where(rows[:, None], empty[: ids.shape[1]].to(ids.device), ids))
 
     @torch.no_grad()
@@ -107,9 +122,7 @@ class TextPainter(UNetPainter):
         return self.backbone(x, when, condition["context"])
 
     def load_processors(self, folder: Path) -> None:
-        if (folder / "tokenizer").is_dir():
-            length = self.text.config.tower.context
-            self.tokenizer = TextTokenizer.from_folder(folder / "tokenizer", length=length, pad="max")
+        self.tokenizer = read_tokenizer(folder / "tokenizer", self.text.config)
 
     def save_processors(self, folder: Path) -> None:
         if self.tokenizer is not None:

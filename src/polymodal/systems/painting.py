@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -13,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from polymodal.core.batch import Batch, Loss
-from polymodal.core.drawing import Drawing, Glimpse, Settled
+from polymodal.core.drawing import Drawing, Glimpse, Settled, any_seed
 from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
 from polymodal.core.sample import Sample
 from polymodal.heads.diffusion import diffusion_loss
@@ -196,7 +195,7 @@ class Painter(System):
         return Settled(
             steps=d.steps or self.steps, guidance=guidance,
             rescale=d.rescale, interval=d.interval, size=size, negative=d.negative, strength=strength,
-            seed=random.SystemRandom().randrange(2**31) if d.seed is None else d.seed,
+            seed=any_seed() if d.seed is None else d.seed,
         )  # fmt: skip
 
     @torch.no_grad()

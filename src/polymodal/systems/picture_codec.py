@@ -4,7 +4,6 @@ system itself."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,15 +13,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from polymodal.core.batch import Batch, Loss
-from polymodal.core.errors import MediaError, UnsupportedError
-from polymodal.nn.precision import Precision
-from polymodal.systems.base import System
+from polymodal.core.errors import MediaError
+from polymodal.systems.exact import ExactSystem
 from polymodal.tokenizers.vq import PatchDiscriminator, adaptive_weight, hinge
 
 C = TypeVar("C", bound="PictureCodec")
 
 
-class PictureCodec(System):
+class PictureCodec(ExactSystem):
     """Base of the tokenizers of pictures ``batch channels height width`` (of films: with frames before the height) in
     [-1, 1]; a batch has them as ``pixels``."""
 
@@ -55,19 +53,6 @@ class PictureCodec(System):
                 f"{type(self).__name__} reads pictures whose sides are multiples of {self.factor} pixels, not "
                 f"{width} x {height}: resize or crop them"
             )
-
-    # -- weights
-
-    @classmethod
-    def from_folder(cls: type[C], folder: Path, format_name: str, *, precision: Precision = "fp32") -> C:
-        """As of every system; always in fp32, because rounded vectors have other codes.
-
-        Raises:
-            UnsupportedError: bf16 is asked for.
-        """
-        if precision == "bf16":
-            raise UnsupportedError(f"{cls.__name__} runs in fp32 only: rounded vectors would have other codes")
-        return super().from_folder(folder, format_name, precision="fp32")
 
     # -- training without a discriminator; `AdversarialPictures` trains with one
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Final
@@ -12,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from polymodal.core.batch import Batch
-from polymodal.core.drawing import Drawing, Glimpse
+from polymodal.core.drawing import Drawing, Glimpse, any_seed
 from polymodal.core.errors import ConfigError, UnsupportedError
 from polymodal.samplers.autoregressive import Settings, sample
 from polymodal.samplers.modes import Wordless
@@ -87,7 +86,7 @@ class PictureWriter(System):
             )
         return replace(
             d, size=(side, side), steps=steps, guidance=self.writing.guidance if d.guidance is None else d.guidance,
-            seed=random.SystemRandom().randrange(2**31) if d.seed is None else d.seed,
+            seed=any_seed() if d.seed is None else d.seed,
         )  # fmt: skip
 
     @torch.no_grad()

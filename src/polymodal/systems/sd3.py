@@ -66,7 +66,8 @@ from polymodal.systems.flow_files import (
     write_sizes,
     write_t5_part,
 )
-from polymodal.systems.flow_painter import PATCH, FlowPainter, FlowPainterConfig, read_tokenizer
+from polymodal.systems.flow_painter import PATCH, FlowPainter, FlowPainterConfig
+from polymodal.systems.latent_painting import ids_spec, read_tokenizer
 from polymodal.systems.painting import Condition
 from polymodal.systems.vae_files import CLASS as VAE_CLASS
 from polymodal.systems.vae_files import read_vae, vae_rules, write_vae
@@ -117,9 +118,8 @@ class SD3(FlowPainter):
         self.clip_large.init_weights()
 
     def inputs_spec(self) -> dict[str, TensorSpec]:
-        tower, end = self.config.clip_large.tower, self.config.clip_large.eot_id
         return super().inputs_spec() | {
-            "large_ids": TensorSpec(shape=(tower.context,), dtype=torch.int64, high=tower.vocab_size, last=end),
+            "large_ids": ids_spec(self.config.clip_large),
             "heard": TensorSpec(shape=(3,), dtype=torch.bool),  # may be left out: it is drawn
         }
 

@@ -47,7 +47,7 @@ from polymodal.encoders.clip_text import (
     write_clip_text,
 )
 from polymodal.samplers.diffusion import Diffusion, Euler
-from polymodal.systems.latent_painting import UNetPainter, checked_length
+from polymodal.systems.latent_painting import UNetPainter, checked_length, empty_ids, ids_spec, read_tokenizer
 from polymodal.systems.painting import Condition
 from polymodal.systems.scheduler_files import read_scheduler, write_scheduler
 from polymodal.systems.vae_files import CLASS as VAE_CLASS
@@ -114,11 +114,8 @@ class SDXL(UNetPainter):
 
     def inputs_spec(self) -> dict[str, TensorSpec]:
         c, (width, height) = self.config, self.size
-        texts = {"ids": c.text, "ids_2": c.text_2}
-        return {"pixels": TensorSpec(shape=(c.vae.pyramid.channels, height, width))} | {
-            name: TensorSpec(shape=(t.tower.context,), dtype=torch.int64, high=t.tower.vocab_size, last=t.eot_id)
-            for name, t in texts.items()
-        }
+        pixels = TensorSpec(shape=(c.vae.pyramid.channels, height, width))
+        return {"pixels": pixels, "ids": ids_spec(c.text), "ids_2": ids_spec(c.text_2)}
 
     # -- texts
 
@@ -135,7 +132,7 @@ class SDXL(UNetPainter):
         towers = {"ids": self.text, "ids_2": self.text_2}
         for i, (name, tower) in enumerate(towers.items()):
             ids = batch[name]
-            empty = tower.empty() if self.tokenizers is None else self.tokenizers[i]([""])[0][0]
+            empty = empty_ids(None if self.tokenizers is None else self.tokenizers[i], tower)
             out[name] = torch.where(rows[:, None], empty[: ids.shape[1]].to(ids.device), ids)
         return out
 
@@ -166,10 +163,8 @@ class SDXL(UNetPainter):
     # -- files
 
     def load_processors(self, folder: Path) -> None:
-        if all((folder / name).is_dir() for name in FOLDERS):
-            length = self.config.text.tower.context
-            first, second = (TextTokenizer.from_folder(folder / name, length=length, pad="max") for name in FOLDERS)
-            self.tokenizers = first, second
+        first, second = (read_tokenizer(folder / name, self.config.text) for name in FOLDERS)
+        self.tokenizers = None if first is None or second is None else (first, second)
 
     def save_processors(self, folder: Path) -> None:
         for name, tokenizer in zip(FOLDERS, self.tokenizers or (), strict=False):
