@@ -217,8 +217,8 @@ class _Trainer:
                 last = state.stage_step == stage.steps
                 if last and ema is not None:
                     _swap(trained, ema)  # the average is what the stage leaves
-                every = self.run.evaluate_every
-                if self.run.evaluate is not None and (last or (every and state.step % every == 0)):
+                every, over = self.run.evaluate_every, state.step == self.run.steps
+                if self.run.evaluate is not None and (over or (every and state.step % every == 0)):
                     with contextlib.nullcontext() if last or ema is None else _swapped(trained, ema):
                         record["evaluation"] = self._evaluate(wrapped)
                 self._record(record)

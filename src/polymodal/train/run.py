@@ -141,7 +141,8 @@ class Run:
     Args:
         model: builds the system; called under the run's seed, on every process, at the start of each stage.
         evaluate: metrics of a model in eval mode, without gradients; every process calls it.
-        evaluate_every: steps between evaluations beside the one at the end of each stage.
+        evaluate_every: steps between evaluations beside the one at the end: what a preparing stage leaves, such as an
+            encoder whose decoder knows nothing yet, may have no answer to measure.
         expect: metric of the last evaluation -> what it must reach.
     """
 
