@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Final
 
@@ -44,7 +44,6 @@ KINDS: Final[dict[str, float]] = {
     "existence": 3, "count": 5, "relation": 4, "colour": 1, "shape": 2, "which": 1, "place": 1, "comparison": 1,
     "unanswerable": 1,
 }  # fmt: skip
-EVEN: Final = dict.fromkeys(questions.KINDS, 1.0) | {"unanswerable": 0.2}  # with more of it, that is what is said
 CHARTED: Final[dict[str, float]] = {
     "value": 6, "highest": 1, "lowest": 1, "count": 1, "larger": 1, "difference": 0.3, "sum": 0.3,
 }  # fmt: skip
@@ -54,9 +53,7 @@ ASKED: Final = {
     "reading": ("documents", "read"), "chart value": ("charts", "value"),
 }  # fmt: skip
 NOTHING: Final = "nothing"  # what a patch without an object or a letter is called
-WHAT: Final = ("shape", "colour", "middle", "letter", "second", "next")  # a patch shows
-WHERE: Final = ("row", "column")  # it lies
-MAPS: Final = (*WHAT, *WHERE)  # what a patch is named for
+MAPS: Final = ("shape", "colour", "middle", "letter", "second", "next")  # what a patch is named for
 EMPTY: Final = 0.2  # of the patches that show nothing are learned: most do
 DESCRIBED: Final = 0.7  # of the rows end with a description: a yes or no teaches little where to look
 DESCRIBE: Final = ("describe the picture in one sentence.", "describe the picture.", "what do you see?")
@@ -69,7 +66,7 @@ def tokenizer() -> LanguageTokenizer:
     said = [w for group in wordings for i, w in enumerate(group) if i not in HELD_OUT_PARAPHRASES]
     said += [*shapes.COLOURS, *shapes.SHAPES, *map(shapes.plural, shapes.SHAPES), *shapes.RELATIONS]
     said += ["objects", "yes", "no", questions.UNKNOWN, "left top right bottom middle further lower higher", NOTHING]
-    said += [*DESCRIBE, "bar pie chart text lines", *WHAT, *(f"{noun} {noun}s" for noun in charts.NOUNS.values())]
+    said += [*DESCRIBE, "bar pie chart text lines", *MAPS, *(f"{noun} {noun}s" for noun in charts.NOUNS.values())]
     words = {word for text in said for word in re.findall("[a-z]+", re.sub(r"\{.*?\}", " ", text))}
     found = LanguageTokenizer.of_words(word for word in words if len(word) > 1 or word == "a")
     return replace(found, config={**found.config, "chat_template": TEMPLATE})
@@ -100,9 +97,9 @@ def _weighted(rng: np.random.Generator, weights: dict[str, float]) -> str:
     return list(weights)[int(rng.choice(len(shares), p=shares / shares.sum()))]
 
 
-def of_scene(rng: np.random.Generator, turns: int, kinds: dict[str, float] = KINDS) -> Lesson:
-    scene, first = questions.pose(rng, kind=_weighted(rng, kinds))
-    more = [questions.ask(scene, rng, kind=_weighted(rng, kinds)) for _ in range(turns - 1)]
+def of_scene(rng: np.random.Generator, turns: int) -> Lesson:
+    scene, first = questions.pose(rng, kind=_weighted(rng, KINDS))
+    more = [questions.ask(scene, rng, kind=_weighted(rng, KINDS)) for _ in range(turns - 1)]
     found = _different([first, *more], describe_scene(scene), rng)
     return Lesson(shapes.render(scene, SIZE), found, partial(map_scene, scene))
 
@@ -224,8 +221,7 @@ def vocabulary(name: str) -> Int[Tensor, " words"]:
     """The ids of the words of a map, in order."""
     spelled = string.ascii_lowercase + string.digits + ".% "
     words = shapes.SHAPES if name in ("shape", "middle") else tuple(shapes.COLOURS) if name == "colour" else spelled
-    words = string.digits[: SIZE // PATCH] if name in WHERE else [*words, NOTHING]
-    return torch.tensor(sorted({_ids(word)[0] for word in words}))
+    return torch.tensor(sorted({_ids(word)[0] for word in [*words, NOTHING]}))
 
 
 def names_of(lessons: Sequence[Lesson], rng: np.random.Generator) -> Int[Tensor, "lessons maps patches"]:
@@ -244,15 +240,6 @@ def look(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
     return Batch(pixels=pixels_of(lessons), names=names_of(lessons, rng))
 
 
-def where(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
-    """The same, and each patch tells its row and column, counted from 0."""
-    batch = look(lessons, rng)
-    digits = torch.tensor([_ids(digit)[0] for digit in string.digits[: SIZE // PATCH]])
-    grid = torch.stack(torch.meshgrid(digits, digits, indexing="ij"))
-    batch["names"][:, [MAPS.index(name) for name in WHERE]] = grid.flatten(1)
-    return batch
-
-
 def both(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
     """What is asked about pictures, more of it in strange words, and the names of their patches."""
     return Batch(collate(lessons, rng, noise=0.5) | {"names": names_of(lessons, rng)})
@@ -262,14 +249,12 @@ def both(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
 class Pictures:
     """New pictures for each row of each step: ``scenes`` and ``charts`` are shares, the rest are lines of text.
 
-    Up to ``turns`` questions are asked about a picture, of a scene ``kinds`` as often as their shares; then it may be
-    described.
+    Up to ``turns`` questions are asked about a picture; then it may be described.
     """
 
     scenes: float
     charts: float
     turns: int = 4
-    kinds: dict[str, float] = field(default_factory=lambda: KINDS)
     collate: Callable[[Sequence[Lesson], np.random.Generator], Batch]
 
     def __len__(self) -> int:
@@ -278,7 +263,7 @@ class Pictures:
     def lesson(self, rng: np.random.Generator) -> Lesson:
         kind = rng.random()
         if kind < self.scenes:
-            return of_scene(rng, self.turns, self.kinds)
+            return of_scene(rng, self.turns)
         return of_chart(rng, self.turns) if kind < self.scenes + self.charts else of_line(rng)
 
     def batch(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:

@@ -37,14 +37,12 @@ from polymodal.systems.base import System
 from polymodal.systems.composed import Composed, ComposedConfig
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
 from recipes.nano.asked import (
-    EVEN,
     IMAGES,
     MAPS,
     NOTHING,
     PATCH,
     PATCHES,
     SIZE,
-    WHERE,
     Pictures,
     both,
     collate,
@@ -52,10 +50,9 @@ from recipes.nano.asked import (
     tasks,
     tokenizer,
     vocabulary,
-    where,
 )
 
-STEPS = (3200, 6000, 2000, 500, 2500)
+STEPS = (3200, 6000, 2000)
 NAMING = 0.3  # what six names of a patch weigh beside an answer
 ASKED = 300  # questions of each kind
 
@@ -93,9 +90,7 @@ class Learner(nn.Module):
         super().__init__()
         self.vlm = vlm
         dim = vlm.config.backbone.dim
-        self.turns = nn.ModuleDict(
-            {name: nn.Linear(dim, dim, bias=False) for name in ("middle", "second", "next", *WHERE)}
-        )
+        self.turns = nn.ModuleDict({name: nn.Linear(dim, dim, bias=False) for name in ("middle", "second", "next")})
 
     def loss(self, batch: Batch) -> Loss:
         if "ids" not in batch:
@@ -117,8 +112,6 @@ class Learner(nn.Module):
         total, metrics = patches.sum() * 0.0, {}
         for name, wanted in zip(MAPS, names.unbind(1), strict=True):
             kept = wanted != IGNORE
-            if not kept.any():  # not a map of this stage: what turns for it has no gradient, and does not decay
-                continue
             x = patches[kept]
             x = self.turns[name](x) if name in self.turns else x
             known = vocabulary(name).to(x.device)
@@ -159,7 +152,7 @@ def evaluate(vlm: nn.Module, count: int = ASKED) -> dict[str, float]:
     return found
 
 
-def run(steps: tuple[int, int, int, int, int] = STEPS) -> Run:
+def run(steps: tuple[int, int, int] = STEPS) -> Run:
     stage = partial(Stage, weight_decay=0.05, betas=(0.9, 0.95), precision="bf16", ema=0.998, workers=1)
     return Run(
         name="nano-vlm",
@@ -185,17 +178,6 @@ def run(steps: tuple[int, int, int, int, int] = STEPS) -> Run:
                 schedule=Cosine(warmup=min(100, steps[2] // 10)),
                 source=partial(Pictures, scenes=0.4, charts=0.3, turns=10, collate=both),
                 trainable={"vlm.vision": 0.5, "vlm.connector": 1, "vlm.backbone": 1, "turns": 1},
-            ),
-            # What a patch shows says nothing of where it lies: a line through its vector told neither row nor column.
-            stage(
-                name="where", steps=steps[3], batch_size=64, lr=1e-3, schedule=Cosine(warmup=min(50, steps[3] // 10)),
-                source=partial(Pictures, scenes=0.45, charts=0.1, collate=where),
-                trainable={"vlm.vision": 1, "vlm.connector": 1, "turns": 1},
-            ),
-            stage(
-                name="again", steps=steps[4], batch_size=32, lr=2e-3, schedule=Cosine(warmup=min(50, steps[4] // 10)),
-                source=partial(Pictures, scenes=0.6, charts=0.2, turns=10, kinds=EVEN, collate=collate),
-                trainable={"vlm.connector": 1, "vlm.backbone": 1},
             ),
         ],
         evaluate=evaluate,

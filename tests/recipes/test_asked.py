@@ -65,22 +65,6 @@ def test_each_patch_is_named_by_its_words() -> None:
                 assert i == IGNORE or i in known
 
 
-def test_each_patch_tells_its_row_and_column() -> None:
-    made, words = lessons(2, scenes=1.0, charted=0.0), asked.tokenizer()
-    batch = asked.where(made, np.random.default_rng(0))
-    across = asked.SIZE // asked.PATCH
-    for names in batch["names"]:
-        row, column = (words.decode(names[asked.MAPS.index(name)].tolist()).replace(" ", "") for name in asked.WHERE)
-        assert row == "".join(str(i // across) for i in range(asked.PATCHES))
-        assert column == "".join(str(i % across) for i in range(asked.PATCHES))
-    learner = vlm.model()
-    assert isinstance(learner, vlm.Learner)
-    learner.loss(asked.look(made, np.random.default_rng(0))).total.backward()
-    assert learner.turns["row"].weight.grad is None  # asked of in a stage of its own
-    learner.loss(batch).total.backward()
-    assert learner.turns["row"].weight.grad.abs().sum() > 0
-
-
 def test_a_learner_names_patches_and_answers() -> None:
     learner, made, rng = vlm.model(), lessons(2, scenes=1.0, charted=0.0), np.random.default_rng(0)
     assert isinstance(learner, vlm.Learner)
