@@ -22,8 +22,20 @@ from polymodal.data.worlds.prompts import Prompt
 from polymodal.nn.norm import RMS
 from polymodal.samplers.flow import Flow
 from polymodal.systems.sd3 import SD3, SD3Config
-from polymodal.train.run import Bar, Header, Run
-from recipes.nano.painted import AUTOENCODER, DIM, SIDE, Learner, asked, evaluate, stages, text_tower, tokenizer, words
+from polymodal.train.run import Header, Run
+from recipes.nano.painted import (
+    AUTOENCODER,
+    DIM,
+    EXPECT,
+    SIDE,
+    Learner,
+    asked,
+    evaluate,
+    stages,
+    text_tower,
+    tokenizer,
+    words,
+)
 
 DRAWING = Drawing(steps=20, guidance=4.0, seed=0)
 
@@ -64,5 +76,5 @@ def run(
         model=lambda: Learner(painter()),
         stages=stages(both, steps, rows, trainable=["painter.clip", "painter.clip_large", "painter.backbone"]),
         evaluate=lambda model: evaluate(model, wanted, DRAWING),
-        expect={"unseen/objects": Bar(value=0.85), "unseen/relation": Bar(value=0.65)},
+        expect=EXPECT,
     )  # fmt: skip

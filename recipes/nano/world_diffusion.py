@@ -2,7 +2,7 @@
 
 command   polymodal train recipes/nano/world_diffusion.py --out runs/nano-diamond
 machine   1 CPU core
-time      not yet run to its end (a step: 0.2 CPU-seconds)
+time      not yet run to its end (a step: 0.2 CPU-seconds); half of it beat neither baseline (docs/decisions.md 68)
 expected  see `worlds.BARS`: after a second nearer to the truth than the last frame and than a linear predictor; other
           actions lead elsewhere, and where the world would go
 """

@@ -1,7 +1,7 @@
 """What the nano world models share: films of shapes of which one is moved by actions, and how foresight is judged.
 
 Trained on motions of `data.worlds.clips` and on wanderings, none of which goes where the held-out split has shapes of
-their colour go. A second is eight frames.
+their colour go. Judged on motions that go there from the first frame to the last. A second is eight frames.
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ class Windows:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """Held-out films, and what they would be if their shape went another way from the last frame that is shown on."""
+    """Held-out films, and what they would be if their shape went back from the last frame that is shown on.
+
+    Back is a direction that training has: what is held out is foreseen in ``frames`` alone.
+    """
 
     frames: Float[Tensor, "films time 3 size size"]
     actions: Float[Tensor, "films steps 2"]
@@ -106,8 +109,11 @@ class Asked:
 
 @functools.lru_cache(maxsize=2)
 def asked(count: int) -> Asked:
-    """Of the split whose first direction was never learned for its colour."""
-    shown = [clips.item("unseen", index, frames=LENGTH, size=SIZE, legs=3) for index in range(count)]
+    """Of the split ``unseen``, with one leg: the first shape never goes where its colour was learned to go.
+
+    What is done never changes in its films: a model that is deaf to actions is found out by the others alone.
+    """
+    shown = [clips.item("unseen", index, frames=LENGTH, size=SIZE, legs=1) for index in range(count)]
     others = [clip.actions.copy() for clip in shown]
     for each in others:
         each[CONTEXT - 1 :] *= -1  # back

@@ -20,8 +20,10 @@ from PIL import ImageOps
 from polymodal import __version__
 from polymodal.core.drawing import Glimpse
 from polymodal.core.errors import MediaError, UnsupportedError
+from polymodal.core.files import check_target
 from polymodal.core.filming import Filming
 from polymodal.core.verbs import Films
+from polymodal.modalities.film import check_av
 from polymodal.modalities.generated import read_settings, write_generated_film
 from polymodal.pictures import Given, called, clean, pixels_of
 from polymodal.systems.base import System
@@ -63,6 +65,7 @@ class Film:
         Raises:
             MediaError: the name does not end in ``.mp4``.
             MissingDependency: PyAV is not installed.
+            OSError: it cannot be written there.
         """
         m = self.made
         write_generated_film(
@@ -72,14 +75,18 @@ class Film:
 
 
 def check_mp4(path: str | Path) -> Path:
-    """The path, if it is that of an mp4.
+    """The path, if it is that of an mp4 that can be written: told before anything is computed.
 
     Raises:
-        MediaError: it is not.
+        MediaError: it is not that of an mp4.
+        MissingDependency: PyAV is not installed.
+        OSError: no file can be written there.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() != ".mp4":
         raise MediaError(f"{path}: films are written as .mp4, which keeps how they were made")
+    check_av()
+    check_target(path)
     return path
 
 

@@ -21,6 +21,7 @@ from polymodal.core.verbs import Imagines
 from polymodal.data.lerobot import Demonstrations
 from polymodal.data.worlds import clips
 from polymodal.evaluate.rollouts import Growth, copy_last, growth
+from polymodal.films import check_mp4
 from polymodal.modalities.generated import write_generated_film
 from polymodal.systems.base import System
 
@@ -74,7 +75,11 @@ def world_model(model: System) -> Imagines:
 
 
 def from_clips(model: Imagines, count: int, *, steps: int, seed: int = 0) -> Iterator[Happened]:
-    """Films of the world `clips`, of motions that are held out of training.
+    """Films of the split ``unseen`` of the world `clips`.
+
+    From the first frame to the last, the first shape goes in the direction that is held out for its colour; a second
+    one, where there is one, in another, or nowhere. How far it goes does not depend on the number of frames: in a
+    longer film it goes more slowly, so that films of two lengths do not measure the same.
 
     Args:
         model: whose size and history they are for.
@@ -83,8 +88,10 @@ def from_clips(model: Imagines, count: int, *, steps: int, seed: int = 0) -> Ite
         seed: of the first film; the next ones have the numbers behind it.
 
     Raises:
-        ConfigError: the model does not read square frames and the two numbers of that world's actions.
+        ConfigError: the model does not read square frames and the two numbers of that world's actions; no film is
+            asked for, or the seed is negative.
     """
+    _check(count, seed)
     (width, height), frames = model.size, _context(model) + steps
     if width != height or model.action_dim != 2:
         raise ConfigError(
@@ -92,7 +99,7 @@ def from_clips(model: Imagines, count: int, *, steps: int, seed: int = 0) -> Ite
             f"and is told {model.action_dim}: give it the data that it was trained on"
         )
     for index in range(seed, seed + count):
-        clip = clips.item("unseen", index, frames=frames, size=width, legs=min(3, frames - 1))
+        clip = clips.item("unseen", index, frames=frames, size=width, legs=1)
         yield Happened(frames=clip.frames, actions=clip.actions, fps=CLIPS_FPS, name=clip.caption)
 
 
@@ -102,9 +109,11 @@ def from_demonstrations(
     """The beginnings of recorded episodes that are long enough, brought to the model's size; arguments as `from_clips`.
 
     Raises:
-        ConfigError: the actions have another number than the model is told.
+        ConfigError: the actions have another number than the model is told; no film is asked for, or the seed is
+            negative.
         DataError: too few episodes are that long.
     """
+    _check(count, seed)
     if data.action.shape[1] != model.action_dim:
         raise ConfigError(
             f"actions of {data.action.shape[1]} numbers in {data.folder}, {model.action_dim} in the model"
@@ -118,6 +127,11 @@ def from_demonstrations(
         frames = np.stack([np.asarray(picture.resize(model.size, PILImage.Resampling.BOX)) for picture in seen])
         told = data.instructions[data.task_index[start]]
         yield Happened(frames=frames, actions=data.action[start : start + length - 1], fps=data.fps, name=told)
+
+
+def _check(count: int, seed: int) -> None:
+    if count < 1 or seed < 0:
+        raise ConfigError(f"{count} films from number {seed} on: one at least, and no number is negative")
 
 
 def _context(model: Imagines) -> int:
@@ -157,15 +171,18 @@ def write_film(path: str | Path, foreseen: Sequence[Foreseen], model: System) ->
     The film is marked: a part of it was made by a model.
 
     Raises:
+        MediaError: the name does not end in ``.mp4``.
         MissingDependency: PyAV is not installed.
+        OSError: it cannot be written there.
     """
+    path = check_mp4(path)
     frames = [np.asarray(picture) for one in foreseen for picture in _side_by_side(one)]
     names = [one.happened.name for one in foreseen]
     write_generated_film(
         path, np.stack(frames), round(foreseen[0].happened.fps), {"foreseen": names, "model": type(model).__name__},
         prompt="; ".join(names), system=type(model).__name__, version=__version__, composite=True,
     )  # fmt: skip
-    return Path(path)
+    return path
 
 
 def _side_by_side(one: Foreseen) -> Iterator[PILImage.Image]:

@@ -43,6 +43,23 @@ def test_the_judge_is_strict() -> None:
     assert not any(film.right(one.frames[[0] * 9], one) for one in wanted)
 
 
+def test_a_maker_that_is_deaf_to_directions_is_as_often_astray_as_right() -> None:
+    wanted = [clips.item("unseen", index) for index in range(20)]
+    assert not any(film.astray(one.frames, one) for one in wanted)
+    assert not any(film.astray(one.frames[[0] * 9], one) for one in wanted)
+    for one in wanted[:4]:
+        moves = [0.02 * np.array(way, np.float32) for way in clips.DIRECTIONS.values()]
+        shown = [one.under(np.tile(move, (8, 1))) for move in moves if not blocked(one, move)]
+        assert {film.right(each, one) + 3 * film.astray(each, one) for each in shown} == {1.0}
+
+
+def blocked(one: clips.Clip, move: np.ndarray) -> bool:
+    """Whether the edge stops the first shape."""
+    thing = one.start.things[0]
+    end = np.array([thing.x, thing.y]) + 8 * move
+    return bool((abs(end - 0.5) > 0.5 - np.array([thing.width, thing.height]) / 2).any())
+
+
 @pytest.mark.filterwarnings("default")
 def test_it_trains_and_a_few_steps_reach_no_bar(tmp_path: Path) -> None:
     result = fit(film.run((1, 1), (2, 2), asked=2), tmp_path, device="cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,19 @@ def test_both_cost_the_same(models: tuple[Chameleon, Composed]) -> None:
     native, late = models
     assert native.config.backbone == fusion.decoder(native.vocab_size)
     assert late.config.backbone == fusion.decoder(late.vocab_size)
+
+
+@pytest.mark.parametrize("seeds", ["0", "6"])
+def test_seeds_that_have_no_interval_are_refused_first(seeds: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_fusion", "--seeds", seeds])
+    monkeypatch.setattr(fusion, "compare", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(SystemExit):
+        fusion.main()
+
+
+def test_what_cannot_be_matched_is_not_compared() -> None:
+    with pytest.raises(AssertionError, match="not at the same compute"):
+        fusion.matched(steps=1000, codec_steps=0)
 
 
 def test_a_short_comparison() -> None:

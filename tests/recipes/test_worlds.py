@@ -25,15 +25,18 @@ def test_no_wandering_goes_where_training_may_not() -> None:
 
 
 def test_what_is_judged_is_new_and_turns_back_otherwise() -> None:
-    one = worlds.asked(3)
+    one = worlds.asked(12)
     shown = worlds.CONTEXT
     assert torch.equal(one.frames[:, :shown], one.instead[:, :shown])
     assert torch.equal(one.actions[:, : shown - 1], one.others[:, : shown - 1])
     assert torch.equal(one.actions[:, shown - 1 :], -one.others[:, shown - 1 :])
     assert not torch.equal(one.frames[:, shown], one.instead[:, shown])
-    for index in range(40):
-        clip = clips.item("unseen", index, frames=worlds.LENGTH, size=worlds.SIZE, legs=3)
-        assert (clip.start.things[0].colour, clip.motions[0].directions[0]) in clips.HELD_OUT
+    for index, (moved, back) in enumerate(zip(one.actions.numpy(), one.others.numpy(), strict=True)):
+        clip = clips.item("unseen", index, frames=worlds.LENGTH, size=worlds.SIZE)
+        (name,) = clip.motions[0].directions
+        assert (clip.start.things[0].colour, name) in clips.HELD_OUT
+        assert (moved @ np.array(clips.DIRECTIONS[name]) > 0).all(), "what is foreseen is held out, too"
+        assert (back[shown - 1 :] @ np.array(clips.DIRECTIONS[name]) < 0).all()
 
 
 def test_lessons_are_windows_of_films() -> None:
@@ -56,10 +59,15 @@ def test_lessons_are_windows_of_films() -> None:
         pytest.param(world_tokens.run((1, 1), rows=(2, 2), films=4, asked=2), id="iris"),
     ],
 )
-def test_it_trains_and_a_few_steps_reach_no_bar(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worlds, "FITTED", 2)
-    monkeypatch.setattr(worlds, "DRIVEN", 1)
-    monkeypatch.setattr(worlds, "STEPS", 1)
+def test_it_trains_and_a_few_steps_reach_no_bar(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    small = {"FITTED": 2, "DRIVEN": 1, "STEPS": 1, "FUTURE": 2, "LENGTH": worlds.CONTEXT + 2, "FPS": 2}
+    for name, value in small.items():
+        monkeypatch.setattr(worlds, name, value)
+    for remembers in (worlds.film, worlds.asked, worlds.beside):  # films of another length
+        remembers.cache_clear()
+        request.addfinalizer(remembers.cache_clear)
     result = fit(run, tmp_path, device="cpu")
     assert result.finished
     assert set(result.reached) <= set(result.metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ class Toy(FilmMaker):
 
     def check_frames(self, frames: int) -> None:
         if frames > 20:
-            raise MediaError("too long")
+            raise ConfigError("too long")
 
     def made(
         self,
@@ -108,7 +109,7 @@ def test_what_is_refused() -> None:
             Filming(**wrong)
     with pytest.raises(ConfigError, match="16 x 8 is near"):
         polymodal.film(Toy(), "a", Filming(size=(17, 8)))
-    with pytest.raises(MediaError, match="too long"):
+    with pytest.raises(ConfigError, match="too long"):
         polymodal.film(Toy(), "a", Filming(frames=21))
     with pytest.raises(MediaError, match="no text"):
         polymodal.film(Toy(), "a\x00")
@@ -139,6 +140,33 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["film", "--model", "toy"]) == 1
     assert main(["film", "cat", "--model", "toy", "--out", "cat.png"]) == 1
     assert not Path("cat.png").exists()
+
+
+def test_what_cannot_be_written_is_told_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("polymodal.cli.film.load_model", lambda name: pytest.fail("loaded"))
+    Path("file").touch()
+    Path("folder.mp4").mkdir()
+    for out in ("file/a.mp4", "file/b/a.mp4", "folder.mp4", "a.gif"):
+        assert main(["film", "cat", "--model", "toy", "--out", out]) == 1
+        assert out in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert main(["film", "cat", "--model", "toy", "--out", "new/a.mp4"]) == 1
+    assert "polymodal[video]" in capsys.readouterr().err
+    assert not Path("new").exists()
+
+
+def test_odd_sides_are_filled_up() -> None:
+    with film("odd.mp4", 4) as out:
+        out.add(PILImage.new("RGB", (15, 17), "white"))
+    ((_, picture),) = decode(Video("odd.mp4"), (0.0,))
+    assert picture.shape == (18, 16, 3)
+    assert picture[:16, :14].min() > 200
+    for fps in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(MediaError, match="frames a second"), film("slow.mp4", fps):
+            pass
+    assert not Path("slow.mp4").exists()
 
 
 def test_broken_files() -> None:

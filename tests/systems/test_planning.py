@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,9 @@ from polymodal.act.planning import InImagination, InSimulator, Planner, Rewinds,
 from polymodal.core.errors import ConfigError, MediaError
 from polymodal.core.observation import Observation
 from polymodal.data.worlds import clips
+from polymodal.systems.imagining import WorldModel
 from recipes.nano import worlds
+from tests.nano import nano, shaken
 
 # ---- the search
 
@@ -54,11 +58,33 @@ def test_plans_are_held_and_stay_within_bounds() -> None:
 
 def test_impossible_searches_are_refused() -> None:
     good = {"low": (0.0,), "high": (1.0,), "steps": 3}
-    for fields in ({"low": (2.0,)}, {"high": (1.0, 1.0)}, {"steps": 0}, {"best": 0}, {"best": 9, "plans": 8}):
+    for fields in (
+        {"low": (2.0,)},
+        {"high": (1.0, 1.0)},
+        {"steps": 0},
+        {"best": 0},
+        {"best": 9, "plans": 8},
+        {"low": (), "high": ()},
+        {"low": (np.nan,)},
+        {"high": (np.inf,)},
+    ):
         with pytest.raises(ConfigError):
             Search(**{**good, **fields})
     with pytest.raises(ConfigError, match="number"):
         Search(**good)(lambda plans: np.full(len(plans), np.nan), np.random.default_rng(0))
+
+
+def test_no_plan_is_drawn_around_what_has_no_cost() -> None:
+    seen: list[np.ndarray] = []
+
+    def cost(plans: np.ndarray) -> np.ndarray:
+        seen.append(plans)
+        return np.where(np.arange(len(plans)) < 2, [0.0, *[np.nan] * 7], np.inf if len(seen) > 1 else np.nan)
+
+    best, price = Search(low=(-1.0,), high=(1.0,), steps=1, plans=8, best=4, rounds=2)(cost, np.random.default_rng(0))
+    assert price == 0
+    assert np.array_equal(best, seen[0][0])
+    assert abs(seen[1] - best).max() < 0.2  # with the others it would be anywhere
 
 
 # ---- in the simulator
@@ -121,7 +147,7 @@ class TrueClips:
     def __init__(self, clip: clips.Clip) -> None:
         self.clip = clip
 
-    def imagine(self, frames: Tensor, actions: Tensor, *, seed: int = 0) -> Tensor:
+    def imagine(self, frames: Tensor, actions: Tensor, *, seed: int | Sequence[int] = 0) -> Tensor:
         context = frames.shape[1]
         films = np.stack([self.clip.under(plan.numpy())[context:] for plan in actions])
         return torch.from_numpy(films).permute(0, 1, 4, 2, 3).float() / 255
@@ -130,7 +156,7 @@ class TrueClips:
 class Deaf(TrueClips):
     """Whatever is done, it stays as it is."""
 
-    def imagine(self, frames: Tensor, actions: Tensor, *, seed: int = 0) -> Tensor:
+    def imagine(self, frames: Tensor, actions: Tensor, *, seed: int | Sequence[int] = 0) -> Tensor:
         return frames[:, -1:].expand(-1, actions.shape[1] + 1 - frames.shape[1], -1, -1, -1)
 
 
@@ -149,7 +175,7 @@ def test_the_past_is_what_was_seen_and_done() -> None:
     class Listens(Deaf):
         history = 2
 
-        def imagine(self, frames: Tensor, actions: Tensor, *, seed: int = 0) -> Tensor:
+        def imagine(self, frames: Tensor, actions: Tensor, *, seed: int | Sequence[int] = 0) -> Tensor:
             told.append((frames, actions))
             return super().imagine(frames, actions)
 
@@ -169,3 +195,18 @@ def test_the_past_is_what_was_seen_and_done() -> None:
     for images in ({}, {"front": np.zeros((16, 32, 3), np.uint8)}):
         with pytest.raises(MediaError, match="32 x 32"):
             weigh(Observation(images=images), None)
+
+
+@pytest.mark.parametrize("name", ["diamond", "iris"])
+def test_the_same_plan_costs_the_same(name: str) -> None:
+    torch.manual_seed(0)
+    model = shaken(nano(name)).eval()
+    assert isinstance(model, WorldModel)
+    weigh = InImagination(model, lambda films: films.double().flatten(1).mean(1).numpy(), "front", seed=3)
+    width, height = model.size
+    picture = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+    cost = weigh(Observation(images={"front": picture}), None)
+    costs = cost(np.zeros((3, 2, model.action_dim), np.float32))
+    assert costs == pytest.approx(costs[0], abs=1e-6)
+    weigh.seed = 4
+    assert cost(np.zeros((3, 2, model.action_dim), np.float32)) != pytest.approx(costs, abs=1e-4)

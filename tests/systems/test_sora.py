@@ -196,7 +196,7 @@ def test_films(model: Sora, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.allclose(film, model.film("some cats", filming), atol=1e-4)
     assert not torch.allclose(film, model.film("a cat", replace(filming, guidance=1)), atol=1e-4)
     assert model.film("a cat", replace(filming, frames=1, size=(32, 16))).shape == (1, 3, 16, 32)
-    with pytest.raises(MediaError, match="1, 5, 9"):
+    with pytest.raises(ConfigError, match="1, 5, 9"):
         model.film("a cat", Filming(frames=6))
     with pytest.raises(UnsupportedError, match="no picture"):
         model.film("a cat", filming, image=torch.rand(3, 16, 16))

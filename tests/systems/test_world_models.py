@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from polymodal.core.verbs import Imagines, verbs_of
 from polymodal.data.lerobot import Demonstrations
 from polymodal.data.lerobot_writer import Episode, Writer
 from polymodal.imagining import foresee, from_clips, from_demonstrations, world_model
-from polymodal.modalities.generated import COMPOSITE, source_type
+from polymodal.modalities.generated import source_type
 from polymodal.modalities.video import open_video
 from polymodal.nn.rope import Rope
 from polymodal.nn.skeleton import skeleton
@@ -84,6 +85,15 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
     for wrong in ((frames[..., 1:], actions), (frames, actions[..., 1:]), (frames[:, :0], actions)):
         with pytest.raises(MediaError):
             model.imagine(*wrong)
+    for hollow in (torch.nan, torch.inf):
+        for films, told in ((frames + hollow, actions), (frames, actions * hollow)):
+            with pytest.raises(MediaError, match="finite"):
+                model.imagine(films, told)
+    with pytest.raises(MediaError, match="one at least"):
+        model.imagine(frames[:0], actions[:0])
+    for seeds in (-1, [1], [1, -1]):
+        with pytest.raises(ConfigError, match="seeds"):
+            model.imagine(frames, actions, seed=seeds)
     with pytest.raises(MediaError, match="one more for each frame"):
         model.imagine(frames, actions[:, :1])
     model.train()
@@ -235,16 +245,26 @@ def test_positions_are_places_or_time_row_and_column() -> None:
 
 def test_impossible_configs_are_refused() -> None:
     painted, config = NANO["diamond"], NANO["iris"]
-    for fields in ({"history": 3}, {"action_scale": ()}, {"action_scale": (1.0, 0.0)}):
+    for fields in (
+        {"history": 3}, {"history": 0, "backbone": replace(painted.backbone, in_channels=3)}, {"steps": 0},
+        {"width": 0}, {"action_scale": ()}, {"action_scale": (1.0, 0.0)}, {"action_scale": (torch.nan,)},
+    ):  # fmt: skip
         with pytest.raises(ConfigError):
             replace(painted, **fields)
-    for fields in ({"moments": 5}, {"action_scale": ()}, {"vision": NANO["vqgan"]}):
+    for fields in ({"moments": 5}, {"action_scale": ()}, {"action_scale": (torch.inf,)}, {"vision": NANO["vqgan"]}):
         with pytest.raises(ConfigError):
             IrisConfig(**{**vars(config), **fields})
     with pytest.raises(ConfigError, match="turn by time"):
         replace(config, backbone=replace(config.backbone, position=Rope()))
     with pytest.raises(ConfigError, match="whole groups"):
         replace(painted.backbone, widths=(16, 26))
+    with pytest.raises(ConfigError, match="112 channels"):  # on the way up both levels are joined
+        replace(painted.backbone, widths=(48, 64), group=32)
+    for fields in ({"group": 0}, {"head_dim": 0}, {"condition_dim": 0}):
+        with pytest.raises(ConfigError, match="less than one"):
+            replace(painted.backbone, **fields)
+    with pytest.raises(ConfigError, match="levels"):
+        replace(painted.backbone, attention=(7,))
     with pytest.raises(ConfigError, match="as many"):
         replace(painted.backbone, widths=(16,))
 
@@ -271,9 +291,30 @@ def test_imagining_clips(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     info = open_video(Video(out))
     assert info.frames == 2 * (2 + 4)
     assert info.size[0] == 3 * 256
-    assert source_type(out) == COMPOSITE
+    assert source_type(out) == "compositeWithTrainedAlgorithmicMedia"
     assert main(["imagine", str(saved), "--films", "1", "--seconds", "0.25"]) == 0
     assert "the last frame repeated has" in capsys.readouterr().out
+
+
+def test_what_cannot_be_asked_for_is_refused_before_a_model_is_loaded(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for asked in (("--seed", "-1"), ("--seconds", "nan"), ("--seconds", "inf"), ("--seconds", "-3")):
+        with pytest.raises(SystemExit):
+            main(["imagine", str(saved), *asked])
+    nowhere = str(tmp_path / "no model")
+    assert main(["imagine", nowhere, "--film", "x.gif"]) == 1
+    assert ".mp4" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["imagine", nowhere, "--film", str(tmp_path / "file" / "x.mp4")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert main(["imagine", nowhere, "--film", str(tmp_path / "x.mp4")]) == 1
+    assert "polymodal[video]" in capsys.readouterr().err
+    assert not (tmp_path / "x.mp4").exists()
+    for count, seed in ((0, 0), (1, -1)):
+        with pytest.raises(ConfigError, match="one at least"):
+            list(from_clips(world_model(polymodal.load(saved)), count, steps=2, seed=seed))
 
 
 def test_imagining_demonstrations(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from polymodal.core.errors import DataError
-from polymodal.data.worlds import clips
+from polymodal.data.worlds import clips, prompts
 
 
 def test_the_reader_sees_every_motion() -> None:
@@ -29,6 +29,9 @@ def test_captions_are_sentences() -> None:
     assert "a red circle moves quickly to the left" not in captions  # a held-out pair of colour and shape
     assert all(caption.split()[0] in ("a", "an") for caption in captions)
     assert len(captions) > 6
+    for split in clips.SPLITS:
+        for thing in (one := clips.item(split, 5)).start.things:
+            assert prompts.named(thing.colour, thing.shape) in one.caption
 
 
 def test_unseen_motions_are_never_trained_on() -> None:

@@ -6,6 +6,7 @@ https://arxiv.org/abs/1610.00696; Chua et al. 2018, https://arxiv.org/abs/1805.1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -46,15 +47,24 @@ class Search:
     held: int = 1
 
     def __post_init__(self) -> None:
-        if len(self.low) != len(self.high) or any(a > b for a, b in zip(self.low, self.high, strict=True)):
-            raise ConfigError(f"actions between {self.low} and {self.high}")
+        bounds = [] if len(self.low) != len(self.high) else list(zip(self.low, self.high, strict=True))
+        if not bounds or not all(-math.inf < low <= high < math.inf for low, high in bounds):
+            raise ConfigError(
+                f"actions between {self.low} and {self.high}: as many finite bounds, the lower ones first"
+            )
         if min(self.steps, self.rounds, self.held) < 1 or not 1 <= self.best <= self.plans:
             raise ConfigError(f"steps, rounds, and fewer best plans than plans; not {self}")
 
     def __call__(
         self, cost: Cost, rng: np.random.Generator, start: Float32[np.ndarray, "steps action"] | None = None
     ) -> tuple[Float32[np.ndarray, "steps action"], float]:
-        """The cheapest plan of all that were tried, and its cost; ``start`` is tried, too."""
+        """The cheapest plan of all that were tried, and its cost; ``start`` is tried, too.
+
+        Plans whose cost is not finite are never drawn around.
+
+        Raises:
+            ConfigError: no plan has a finite cost.
+        """
         low, high = np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)
         choices = -(-self.steps // self.held)
         drawn = rng.uniform(low, high, (self.plans, choices, len(low)))
@@ -65,6 +75,9 @@ class Search:
                 plans[0] = start
             costs = np.asarray(cost(plans), np.float64)
             order = np.argsort(costs, kind="stable")
+            order = order[np.isfinite(costs[order])]
+            if not len(order):
+                break
             if costs[order[0]] < found[1]:
                 found = plans[order[0]], float(costs[order[0]])
             kept = plans[order[: self.best], :: self.held]
@@ -82,12 +95,17 @@ class Weigh(Protocol):
         """An episode begins."""
 
     def __call__(self, observation: Observation, done: Float32[np.ndarray, " action"] | None) -> Cost:
-        """``done`` led to the observation; None at the beginning."""
+        """``done`` led to the observation, one step after the last one; None at the beginning."""
         ...
 
 
 class Planner:
-    """Model-predictive control, as a controller of `act.runner`: the rest of a plan is where the next search begins."""
+    """Model-predictive control, as a controller of `act.runner`: the rest of a plan is where the next search begins.
+
+    It takes it that what it asks for is done, and that it is asked at every step. A guard that clips or holds a
+    command, and a fault that hides a view, do not tell it: then ``done`` and the times of `Weigh` are not what they
+    were.
+    """
 
     def __init__(self, weigh: Weigh, search: Search, *, seed: int = 0) -> None:
         self.weigh, self.search, self.seed = weigh, search, seed
@@ -190,4 +208,4 @@ class InImagination:
         actions = torch.from_numpy(plans)
         if self._done:
             actions = torch.cat([torch.stack(self._done).expand(len(plans), -1, -1), actions], 1)
-        return self.price(self.model.imagine(past, actions, seed=self.seed))
+        return self.price(self.model.imagine(past, actions, seed=[self.seed] * len(plans)))

@@ -49,9 +49,22 @@ class AdaptiveUNetConfig:
     def __post_init__(self) -> None:
         if not self.widths or len(self.widths) != len(self.blocks) or min(self.blocks) < 1:
             raise ConfigError(f"widths {self.widths} and blocks {self.blocks}: as many of both, and blocks everywhere")
+        if min(*self.widths, self.in_channels, self.out_channels, self.condition_dim, self.head_dim, self.group) < 1:
+            raise ConfigError(f"no size is less than one; not {self}")
+        if not set(self.attention) <= set(range(len(self.widths))):
+            raise ConfigError(f"attention in levels {self.attention}: there are 0 to {len(self.widths) - 1}")
+        joined = [dim + finer for dim, finer in zip(self.widths, self.finer, strict=True)]  # on the way up
+        for dim in (*self.widths, *(2 * dim for dim in self.widths), *joined):
+            if dim % self.groups(dim):
+                raise ConfigError(f"{dim} channels are not whole groups of {self.group}")
         for dim in self.widths:
-            if dim % self.groups(dim) or dim % max(1, dim // self.head_dim):
-                raise ConfigError(f"{dim} channels are not whole groups of {self.group} and heads of {self.head_dim}")
+            if dim % max(1, dim // self.head_dim):
+                raise ConfigError(f"{dim} channels are not whole heads of {self.head_dim}")
+
+    @property
+    def finer(self) -> tuple[int, ...]:
+        """Channels of the level above each one; the finest has those of the first convolution."""
+        return (self.widths[0], *self.widths[:-1])
 
     def groups(self, dim: int) -> int:
         return max(1, dim // self.group)
@@ -129,8 +142,7 @@ class AdaptiveUNet(nn.Module):
     def __init__(self, config: AdaptiveUNetConfig) -> None:
         super().__init__()
         c = self.config = config
-        dims, levels = c.widths, range(len(c.widths))
-        finer = (dims[0], *dims)
+        dims, finer, levels = c.widths, c.finer, range(len(c.widths))
         self.first = nn.Conv2d(c.in_channels, dims[0], 3, padding=1)
         self.down = nn.ModuleList(
             Level(c, [(finer[i] if n == 0 else dims[i], dims[i]) for n in range(c.blocks[i])], attention=self._sees(i))

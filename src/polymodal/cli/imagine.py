@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from polymodal.cli.common import Commands, command, count, load_model, with_json
+from polymodal.cli.common import Commands, command, count, load_model, seconds, whole, with_json
 from polymodal.cli.show import bar, plain, print_json
 
 
 def _imagine(arguments: argparse.Namespace) -> int:
     from polymodal.core.errors import ConfigError
+    from polymodal.films import check_mp4
     from polymodal.imagining import CLIPS_FPS, foresee, from_clips, from_demonstrations, world_model, write_film
 
     a = arguments
     if a.camera is not None and a.data is None:
         raise ConfigError("--camera is of recorded demonstrations: give --data DIR, too")
+    out = None if a.film is None else check_mp4(a.film)
     loaded = load_model(a.model)
     model = world_model(loaded)
     if a.data is None:
@@ -35,7 +37,7 @@ def _imagine(arguments: argparse.Namespace) -> int:
         for happened in films:
             made.append(foresee(model, happened, seed=a.seed, opposite=a.opposite))
             show(len(made), a.films)
-    written = None if a.film is None else str(write_film(a.film, made, loaded))
+    written = None if out is None else str(write_film(out, made, loaded))
     rows: list[dict[str, Any]] = [
         {
             "film": one.happened.name, "shown": one.context, "fps": fps,
@@ -65,10 +67,13 @@ def add(commands: Commands) -> None:
         """\
 examples:
   polymodal imagine runs/nano-diamond/model --film foreseen.mp4
-  polymodal imagine runs/nano-diamond/model --seconds 3 --films 8 --film long.mp4     how fast it goes wrong
+  polymodal imagine runs/nano-diamond/model --seconds 3 --films 8 --film long.mp4     a longer foresight
   polymodal imagine runs/nano-diamond/model --opposite --film other.mp4               does it do what it is told?
   polymodal imagine runs/reach-world/model --data data/reach --camera front --film reach.mp4
-Films are of the world clips, of motions that no recipe trains on; or of demonstrations (polymodal record).
+Films are of the world clips, or of demonstrations (polymodal record). Those of clips are held out: from the first
+frame to the last, the first shape goes in a direction that no recipe trains its colour on; a second shape, and the
+actions of --opposite, go in directions that training has. How far a shape goes is the same for all --seconds: in a
+longer film it goes more slowly, so that figures of two lengths do not compare.
 The film shows what happened on the left, and beside it what the model made of its first frames and of all actions;
 it is marked as made by a model in part (polymodal show FILE).
 A model that foresees nothing is as good as the last frame repeated, which stands beside each figure.""",
@@ -78,7 +83,7 @@ A model that foresees nothing is as good as the last frame repeated, which stand
     sub.add_argument("--data", metavar="DIR", help="recorded demonstrations (LeRobot) to take films and actions from")
     sub.add_argument("--camera", metavar="NAME", help="of the demonstrations (default: the first)")
     sub.add_argument("--films", type=count, default=4, metavar="N", help="(default: 4)")
-    sub.add_argument("--seconds", type=float, default=1.5, metavar="S", help="that are foreseen (default: 1.5)")
+    sub.add_argument("--seconds", type=seconds, default=1.5, metavar="S", help="that are foreseen (default: 1.5)")
     sub.add_argument("--opposite", action="store_true", help="also what it foresees if the opposite were done")
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the first film, and of what is foreseen")
+    sub.add_argument("--seed", type=whole, default=0, metavar="N", help="of the first film, and of what is foreseen")
     with_json(sub)

@@ -526,7 +526,7 @@ class Imagines(Protocol):
         frames: Float[Tensor, "batch context 3 height width"],
         actions: Float[Tensor, "batch steps action"],
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> Float[Tensor, "batch future 3 height width"]:
         """The frames that come next, in [0, 1], on the CPU.
 
@@ -534,10 +534,13 @@ class Imagines(Protocol):
             frames: what was seen, in [0, 1].
             actions: what is done between each frame and the next, those that are known first: there are ``context - 1``
                 of these, and one more for each frame to come.
-            seed: of the first row; the next ones have the numbers behind it. Each is the same alone and among others.
+            seed: of the first row, the next ones have the numbers behind it; or one for each row. Each is the same
+                alone and among others.
 
         Raises:
-            MediaError: frames of another size, actions of another number, or none for a frame to come.
+            ConfigError: seeds that are negative, or not one for each row.
+            MediaError: frames of another size, actions of another number, or none for a frame to come; no rows; or
+                what is not finite.
         """
         ...
 

@@ -5,6 +5,10 @@ figures are of I3D's: whoever has them makes `Features` of that name. Here any m
 gives features to films, named as such, and the two are never compared. Both sets have as many frames a film, and a
 second: the name does not say so.
 
+The distance is biased upwards where films are few: `film_features` gives three times as many numbers as a picture has,
+and of fewer films than that a covariance is not of full rank. Compare sets of one size alone, with true films against
+true ones beside them.
+
 Source: Unterthiner et al., "Towards Accurate Generative Models of Video", 2018, https://arxiv.org/abs/1812.01717.
 """
 

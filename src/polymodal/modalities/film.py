@@ -6,6 +6,8 @@ Source: ISO/IEC 14496-12 for boxes.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import math
 import os
 import struct
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ _LONGEST: Final = 2**20  # bytes of a box that is read
 
 
 class Film:
-    """A film that grows frame by frame; all have the size of the first."""
+    """A film that grows frame by frame; all have the size of the first, with sides that H.264 takes: even ones."""
 
     def __init__(self, container: Any, fps: float | int, crf: int) -> None:
         self._container, self._crf = container, crf
@@ -31,12 +33,12 @@ class Film:
         self._fps = Fraction(fps).limit_denominator(1000)
 
     def add(self, picture: PILImage.Image) -> None:
-        """The next frame. It is cut or filled up with black to the size of the first."""
+        """The next frame. It is cut or filled up with black to the film's size."""
         import av
 
         if self._stream is None:
             self._stream = self._container.add_stream("libx264", rate=self._fps)
-            self._stream.width, self._stream.height = picture.width, picture.height // 2 * 2
+            self._stream.width, self._stream.height = (side + side % 2 for side in picture.size)
             self._stream.pix_fmt = "yuv420p"
             self._stream.options = {"preset": "veryfast", "crf": str(self._crf)}
         picture = picture.crop((0, 0, self._stream.width, self._stream.height))
@@ -50,25 +52,32 @@ class Film:
                 self._container.mux(packet)
 
 
+def check_av() -> None:
+    """Raises a `MissingDependency` where PyAV is not installed."""
+    if importlib.util.find_spec("av") is None:
+        raise MissingDependency("writing a film", "av", "video")
+
+
 @contextlib.contextmanager
 def film(path: str | Path, fps: float | int, *, crf: int = 20, comment: str = "", tail: bytes = b"") -> Iterator[Film]:
     """A film that is at ``path``, whole, when the block has ended without an error.
 
     Args:
         path: the mp4.
-        fps: frames a second.
+        fps: frames a second, a thousandth at least.
         crf: how coarse it is, 0 to 51 (H.264's).
         comment: what players show of it.
         tail: boxes that are put behind the others, see `box`.
 
     Raises:
         MissingDependency: PyAV is not installed.
-        MediaError: no film was made of no frames.
+        MediaError: no film was made of no frames, or at no such speed.
     """
-    try:
-        import av
-    except ModuleNotFoundError:
-        raise MissingDependency("writing a film", "av", "video") from None
+    check_av()
+    import av
+
+    if not 0.001 <= fps < math.inf:
+        raise MediaError(f"{path}: a film of {fps} frames a second")
     with atomic_path(path) as temporary:
         with av.open(str(temporary), "w", format="mp4") as container:
             container.metadata["comment"] = comment

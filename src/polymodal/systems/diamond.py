@@ -43,7 +43,7 @@ from polymodal.nn.time import Embedder
 from polymodal.samplers.diffusion import Euler
 from polymodal.samplers.edm import Karras
 from polymodal.samplers.guidance import Dice
-from polymodal.systems.imagining import WorldModel
+from polymodal.systems.imagining import WorldModel, check_scale
 from polymodal.weights.native import native_format
 
 NOISE: Final = Preconditioning(data=0.5, offset=0.3, median=math.exp(-0.4), spread=1.2, least=0.002, most=20.0)
@@ -70,12 +70,17 @@ class DiamondConfig:
 
     def __post_init__(self) -> None:
         c = self.backbone
+        if min(self.width, self.height, self.history, self.steps) < 1:
+            raise ConfigError(
+                f"frames of {self.width} x {self.height} pixels, told by {self.history}, made in {self.steps} steps: "
+                "one at least of each"
+            )
+        check_scale(self.action_scale)
         if (c.in_channels, c.out_channels) != (3 * (self.history + 1), 3):
             raise ConfigError(f"{c.in_channels} channels for {self.history} frames and a noisy one, 3 for the next")
-        if not self.action_scale or 0 in self.action_scale or c.condition_dim % (2 * self.history):
+        if c.condition_dim % (2 * self.history):
             raise ConfigError(
-                f"actions of {len(self.action_scale)} numbers, scaled by what is not zero, and a condition of "
-                f"{c.condition_dim}: even, and a whole part of it for each of {self.history} actions"
+                f"a condition of {c.condition_dim}: even, and a whole part of it for each of {self.history} actions"
             )
 
 

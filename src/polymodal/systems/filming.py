@@ -30,7 +30,7 @@ class FilmMaker(System):
     motion: int | None = None
 
     def check_frames(self, frames: int) -> None:
-        """Raises a `MediaError` where the model makes no film of so many."""
+        """Raises a `ConfigError` where the model makes no film of so many."""
 
     def made(
         self,

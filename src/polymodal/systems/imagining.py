@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polymodal.core.batch import Batch
-from polymodal.core.errors import MediaError
+from polymodal.core.errors import ConfigError, MediaError
 from polymodal.systems.base import System
 
 
@@ -55,7 +56,7 @@ class WorldModel(System):
         frames: Float[Tensor, "batch context 3 height width"],
         actions: Float[Tensor, "batch steps action"],
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> Float[Tensor, "batch future 3 height width"]:
         """See `core.verbs.Imagines`."""
         (rows, context), (width, height), name = frames.shape[:2], self.size, type(self).__name__
@@ -69,11 +70,28 @@ class WorldModel(System):
                 f"{actions.shape[1]} actions and {context} frames: there is one action between each two frames, and "
                 "one more for each frame to come"
             )
+        if not rows or not (frames.isfinite().all() and actions.isfinite().all()):
+            raise MediaError(f"{rows} films for {name} ({self.source}): one at least, of frames and actions all finite")
+        seeds: Sequence[int] = range(seed, seed + rows) if isinstance(seed, int) else list(seed)
+        if len(seeds) != rows or min(seeds) < 0:
+            raise ConfigError(f"seeds {seed} for {rows} films: one for each, and none is negative")
         was_training = self.training
         self.eval()
         try:
             inside = frames.to(self.device).float() * 2 - 1
-            made = self.rolled(inside, self.scaled(actions.to(self.device).float()), range(seed, seed + rows))
+            made = self.rolled(inside, self.scaled(actions.to(self.device).float()), seeds)
         finally:
             self.train(was_training)
         return (made.float().cpu() / 2 + 0.5).clamp(0, 1)
+
+
+def check_scale(scale: Sequence[float]) -> None:
+    """Refuses an ``action_scale`` that nothing can be divided by.
+
+    Raises:
+        ConfigError: it is empty, or holds zero or what is not finite.
+    """
+    if not scale or not all(math.isfinite(each) and each for each in scale):
+        raise ConfigError(
+            f"actions are scaled by what is finite and not zero, a number for each of theirs; not {scale}"
+        )

@@ -44,7 +44,7 @@ from polymodal.nn.norm import Layer
 from polymodal.nn.rope import Rope
 from polymodal.samplers.autoregressive import Settings, sample
 from polymodal.samplers.modes import Wordless
-from polymodal.systems.imagining import WorldModel
+from polymodal.systems.imagining import WorldModel, check_scale
 from polymodal.tokenizers.pyramid import PyramidConfig
 from polymodal.tokenizers.vq import LearnedCodes, VQConfig, VQModel
 from polymodal.weights.native import native_format
@@ -74,11 +74,9 @@ class IrisConfig:
                 f"{self.moments} frames of {self.vision.num_codes} codes and an action"
             )
         axes = b.position.count == places if isinstance(b.position, Learned) else len(b.position.sections or ()) == 3
-        if not axes or not self.action_scale or 0 in self.action_scale:
-            raise ConfigError(
-                f"positions are a table of {places} or turn by time, row and column; actions are scaled by what is not "
-                "zero"
-            )
+        if not axes:
+            raise ConfigError(f"positions are a table of {places} or turn by time, row and column")
+        check_scale(self.action_scale)
 
     @property
     def each(self) -> int:

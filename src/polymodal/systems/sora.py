@@ -134,7 +134,10 @@ class Sora(FilmMaker):
     # -- clips as tokens
 
     def check_frames(self, frames: int) -> None:
-        self.vae.grid(frames, *self.size)
+        try:
+            self.vae.grid(frames, *self.size)
+        except MediaError as error:  # of a film that there is; here it is a setting
+            raise ConfigError(str(error)) from None
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The texts' tokens, with T5's end.

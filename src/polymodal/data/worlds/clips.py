@@ -20,6 +20,7 @@ from jaxtyping import Float32, Float64, UInt8
 from PIL import Image
 
 from polymodal.data.worlds import shapes
+from polymodal.data.worlds.prompts import named
 from polymodal.data.worlds.shapes import Scene, Thing
 from polymodal.data.worlds.splits import generator
 
@@ -116,7 +117,7 @@ def clip(rng: np.random.Generator, *, frames: int = 9, size: int = 32, legs: int
             break
     level = int(rng.integers(0, 40))
     start = Scene(things=placed, background=(level, level, level))
-    told = [f"{_named(thing)} {motion}" for thing, motion in zip(placed, motions, strict=True)]
+    told = [f"{named(thing.colour, thing.shape)} {motion}" for thing, motion in zip(placed, motions, strict=True)]
     return Clip(
         frames=_play(start, steps, size),
         caption=" and ".join(told),
@@ -124,10 +125,6 @@ def clip(rng: np.random.Generator, *, frames: int = 9, size: int = 32, legs: int
         start=start,
         motions=tuple(motions),
     )
-
-
-def _named(thing: Thing) -> str:
-    return f"{'an' if thing.colour[0] in 'aeiou' else 'a'} {thing.colour} {thing.shape}"
 
 
 def _things(rng: np.random.Generator) -> list[Thing]:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Final
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 from PIL import Image, ImageDraw
 
 from polymodal.core.errors import MediaError
@@ -45,8 +45,8 @@ class Seen:
     overlap: float
 
 
-def read(pixels: UInt8[np.ndarray, "height width 3"]) -> list[Seen]:
-    """The objects of a picture, from top to bottom; parts that have no name among colours or shapes are left out.
+def read(pixels: np.ndarray) -> list[Seen]:
+    """The objects of a picture (height width 3, bytes) from top to bottom; parts without a name are left out.
 
     Raises:
         MediaError: these are no pixels of a picture in colour.
