@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import polymodal
+from polymodal.backbones.adaptive_unet import AdaptiveUNetConfig
 from polymodal.backbones.bert import BertConfig
 from polymodal.backbones.conditioned import ConditionedConfig
 from polymodal.backbones.controlnet import ControlConfig
@@ -25,6 +26,7 @@ from polymodal.backbones.readouts import ReadoutConfig
 from polymodal.backbones.steps import StepDecoderConfig
 from polymodal.backbones.unet import Added, Level, Transformers, UNetConfig
 from polymodal.backbones.unet1d import UNet1dConfig
+from polymodal.backbones.unet_film import FilmUNetConfig
 from polymodal.connectors.gated import GatedConfig
 from polymodal.connectors.grid import PixelShuffle
 from polymodal.connectors.mlp import MLP, Linear
@@ -69,18 +71,21 @@ from polymodal.systems.composed_crossed import ComposedCrossedConfig
 from polymodal.systems.controlnet import ControlNetConfig
 from polymodal.systems.cosmos_tokenizer import CosmosTokenizerConfig
 from polymodal.systems.dac import DACConfig
+from polymodal.systems.diamond import DiamondConfig
 from polymodal.systems.diffusion_policy import DiffusionPolicyConfig
 from polymodal.systems.dinov2 import DINOv2Config
 from polymodal.systems.dit import DiTConfig
 from polymodal.systems.flamingo import FlamingoConfig
 from polymodal.systems.flux import FluxConfig
 from polymodal.systems.idefics import IdeficsConfig
+from polymodal.systems.iris import IrisConfig
 from polymodal.systems.language import LanguageModelConfig
 from polymodal.systems.llava import LlavaConfig
 from polymodal.systems.llava_next import LlavaNextConfig
 from polymodal.systems.mae import MAEConfig
 from polymodal.systems.musicgen import MusicGenConfig
 from polymodal.systems.octo import OctoConfig
+from polymodal.systems.omni import OmniConfig
 from polymodal.systems.openvla import OpenVLAConfig
 from polymodal.systems.openvla_oft import OpenVLAOFTConfig
 from polymodal.systems.paligemma import PaliGemmaConfig
@@ -102,12 +107,14 @@ from polymodal.systems.siglip import SigLIPConfig
 from polymodal.systems.siglip2 import NaFlexConfig, SigLIP2Config
 from polymodal.systems.sora import SoraConfig
 from polymodal.systems.stable_diffusion_files import StableDiffusionConfig
+from polymodal.systems.stable_video import StableVideoConfig
 from polymodal.systems.t5 import T5Config
 from polymodal.systems.valle import VALLEConfig
 from polymodal.systems.vit import VisionTransformerConfig
 from polymodal.systems.wav2vec2_files import Wav2Vec2Config
 from polymodal.systems.whisper import WhisperConfig
 from polymodal.tokenizers.cosmos import CosmosNetConfig
+from polymodal.tokenizers.film_vae import FilmPyramidConfig
 from polymodal.tokenizers.pyramid import PyramidConfig
 from polymodal.tokenizers.vae import VAEConfig
 from polymodal.tokenizers.vq import LearnedCodes, VQConfig
@@ -530,6 +537,16 @@ NANO["chameleon"] = ChameleonConfig(
 )
 
 
+NANO["omni"] = OmniConfig(
+    backbone=replace(NANO["chameleon"].backbone, vocab_size=40 + 5 + 32 + 3 * 16),
+    vision=NANO["chameleon"].vision,
+    codec=replace(NANO["encodec"], bandwidths=(0.6, 0.9)),
+    words=40,
+    control=ControlIds(start=1, stop=(2,)),
+    audio_weight=0.5,
+)
+
+
 _DRAWN = replace(_LATENT, mixed=False, shift=0.1)
 _WORDS = NANO["musicgen"].text
 NANO["dit"] = DiTConfig(
@@ -576,9 +593,34 @@ NANO["cosmos_tokenizer"] = CosmosTokenizerConfig(
 )  # fmt: skip
 
 
+NANO["stable_video"] = StableVideoConfig(
+    vision=NANO["clip"].vision,
+    embed_dim=24,
+    backbone=FilmUNetConfig(
+        levels=(Level(dim=32, transformers=_CROSSED), Level(dim=32)), middle=_CROSSED, context_dim=24, num_blocks=1,
+        in_channels=8, side=12, added=Added(dim=24, waves=8), frames=2,
+    ),
+    vae=VAEConfig(pyramid=FilmPyramidConfig(widths=(32, 32), latent_dim=4)),
+)  # fmt: skip
+
+
 NANO["sora"] = SoraConfig(
-    text=_WORDS, backbone=replace(_JOINT, position=AxialRope(dims=(4, 2, 2)), guidance=False), latent_dim=4
-)
+    text=_WORDS, backbone=replace(_JOINT, position=AxialRope(dims=(4, 2, 2)), guidance=False), side=16, frames=5,
+    vae=replace(NANO["cosmos_tokenizer"].net, time=4), text_tokens=12,
+)  # fmt: skip
+
+
+NANO["diamond"] = DiamondConfig(
+    backbone=AdaptiveUNetConfig(
+        in_channels=9, widths=(16, 24), blocks=(1, 1), attention=(1,), condition_dim=32, group=8
+    ),
+    action_scale=(0.5, 0.5, 1.0), width=18, height=12, history=2,
+)  # fmt: skip
+NANO["iris"] = IrisConfig(
+    vision=replace(NANO["vqgan"], net=replace(NANO["vqgan"].net, widths=(16, 16, 16), groups=8), resolution=8),
+    backbone=replace(DECODER, vocab_size=32, context=4 * 5, position=Rope(sections=(2, 1, 1))),
+    action_scale=(0.5, 0.5, 1.0), moments=4,
+)  # fmt: skip
 
 
 def shaken(model: M, std: float = 0.1) -> M:

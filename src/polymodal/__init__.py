@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from polymodal.core.chat import Chat
     from polymodal.core.drawing import Drawing
     from polymodal.core.errors import PolymodalError
+    from polymodal.core.filming import Filming
     from polymodal.core.sample import Audio, Image, Sample, Text, Video
+    from polymodal.films import film
     from polymodal.pictures import draw
 
 # Where each public name lives: importing polymodal imports no torch. No module is called as a function here is: once
@@ -31,8 +33,10 @@ _LAZY = {
     "stream": "polymodal.asking",
     "compose": "polymodal.composition",
     "draw": "polymodal.pictures",
+    "film": "polymodal.films",
     "Chat": "polymodal.core.chat",
     "Drawing": "polymodal.core.drawing",
+    "Filming": "polymodal.core.filming",
     "PolymodalError": "polymodal.core.errors",
     "Image": "polymodal.core.sample",
     "Audio": "polymodal.core.sample",
@@ -45,6 +49,7 @@ __all__ = [
     "Audio",
     "Chat",
     "Drawing",
+    "Filming",
     "Image",
     "PolymodalError",
     "Sample",
@@ -55,6 +60,7 @@ __all__ = [
     "build",
     "compose",
     "draw",
+    "film",
     "load",
     "stream",
 ]

@@ -216,8 +216,8 @@ def drawn(
     if mask is not None and image is None:
         raise ConfigError("a mask says what of a picture is made anew: give the picture, too")
     prompt, size = clean(prompt), drawing.size
-    first, covered, looked = (None if given is None else _Given.of(given) for given in (image, mask, control))
-    begun = None if first is None else _pixels(first.rgb, size)
+    first, covered, looked = (None if given is None else Given.of(given) for given in (image, mask, control))
+    begun = None if first is None else pixels_of(first.rgb, size)
     anew = None if covered is None or first is None else _mask(covered, first, size)
     shape = None if begun is None else (begun.shape[3], begun.shape[2])
     if looked is not None and begun is None and size is None:
@@ -227,7 +227,7 @@ def drawn(
     pairs = (("image", first), ("mask", covered), ("control", looked))
     names = {what: given.name for what, given in pairs if given is not None}
     made = Made(
-        prompt=prompt, model=_called(model.source), seed=d.seed, width=d.size[0], height=d.size[1], steps=d.steps,
+        prompt=prompt, model=called(model.source), seed=d.seed, width=d.size[0], height=d.size[1], steps=d.steps,
         guidance=float(d.guidance), negative=d.negative, rescale=float(d.rescale), interval=d.interval,
         strength=d.strength, **names,
         control_scale=None if control is None else d.control_scale,
@@ -259,14 +259,14 @@ def clean(text: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class _Given:
-    """A picture that goes in."""
+class Given:
+    """A picture that goes into another, or into a film."""
 
     rgb: PILImage.Image
     where: str
 
     @classmethod
-    def of(cls, picture: Any) -> _Given:
+    def of(cls, picture: Any) -> Given:
         image = picture if isinstance(picture, Image) else Image(picture)
         return cls(decode(image), image.where)
 
@@ -284,13 +284,13 @@ def _named(where: str, content: bytes) -> str:
     return f"{Path(where).name} (sha256 {hashlib.sha256(content).hexdigest()[:16]})"
 
 
-def _called(source: str) -> str:
+def called(source: str) -> str:
     """A model's name on the Hub, or its folder's without the path to it."""
     folder = Path(source).expanduser()
     return folder.resolve().name if folder.is_absolute() or folder.is_dir() else source
 
 
-def _control(given: _Given, size: tuple[int, int]) -> Float[Tensor, "1 3 height width"]:
+def _control(given: Given, size: tuple[int, int]) -> Float[Tensor, "1 3 height width"]:
     """A control picture, brought to ``size`` where that has about its shape: what it shows has to be somewhere."""
     rgb, (width, height) = given.rgb, size
     stretch = rgb.width * size[1] / (rgb.height * size[0])
@@ -299,17 +299,17 @@ def _control(given: _Given, size: tuple[int, int]) -> Float[Tensor, "1 3 height 
             f"the control picture {given.where} has {rgb.width} x {rgb.height} pixels: it would be stretched to "
             f"{width} x {height}; cut it to that shape, or ask for a size of its own"
         )
-    return _pixels(rgb, size)
+    return pixels_of(rgb, size)
 
 
-def _pixels(rgb: PILImage.Image, size: tuple[int, int] | None) -> Float[Tensor, "1 3 height width"]:
+def pixels_of(rgb: PILImage.Image, size: tuple[int, int] | None) -> Float[Tensor, "1 3 height width"]:
     """A picture in [0, 1], brought to ``size``."""
     if size is not None and rgb.size != size:
         rgb = rgb.resize(size, PILImage.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(rgb).copy()).movedim(-1, 0)[None].float() / 255
 
 
-def _mask(mask: _Given, picture: _Given, size: tuple[int, int] | None) -> Float[Tensor, "1 1 height width"]:
+def _mask(mask: Given, picture: Given, size: tuple[int, int] | None) -> Float[Tensor, "1 1 height width"]:
     """1 where the mask is rather white."""
     seen, whole = mask.rgb, picture.rgb
     if seen.size != whole.size:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from polymodal.api import identify
 from polymodal.core.batch import Batch
+from polymodal.core.drawing import Drawing, Settled
 from polymodal.core.errors import ConfigError, MediaError, UnsupportedError, did_you_mean
 from polymodal.core.sample import Image, Sample, Video
 from polymodal.core.verbs import Generates, Trains
@@ -37,6 +38,7 @@ from polymodal.systems import TABLE
 from polymodal.systems.acting import Policy
 from polymodal.systems.base import DualEncoder, Embedder, System
 from polymodal.systems.generator import Generator
+from polymodal.systems.painting import Painter
 from polymodal.weights.hub import resolve, shipped
 
 DType = Literal["fp32", "bf16", "int8"]
@@ -50,11 +52,13 @@ class Input:
 
     Attributes:
         images: width and height of each picture before pre-processing; if None one of 640 x 480 (of each camera of a
-            policy), unless there is a clip or the system reads no pictures. Policies that do not write read theirs.
+            policy), unless there is a clip or the system reads no pictures. Policies that do not write read theirs. Of
+            a system that paints, one picture that is painted; if None in the system's own size.
         frames: of a clip as large as the first picture (640 x 480 without one), at ``fps``; a system without clips
             reads them as so many pictures.
         text: tokens of the prompt beside the media, or of each text that is embedded.
         new: tokens of the answer.
+        steps: of a picture that is painted; None leaves it to the system.
         batch: so many such inputs at once.
     """
 
@@ -63,6 +67,7 @@ class Input:
     fps: float = 2.0
     text: int = 32
     new: int = 64
+    steps: int | None = None
     batch: int = 1
 
     def __post_init__(self) -> None:
@@ -74,10 +79,11 @@ class Input:
                     f"a picture of {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded: resize it first"
                 )
         wrong = [f"{n} is {v}" for n, v in asdict(self).items() if n in ("text", "new", "batch") and v < 1]
+        wrong += [f"steps is {self.steps}"] * (self.steps is not None and self.steps < 1)
         wrong += [f"frames is {self.frames}"] * (self.frames < 0)
         wrong += [f"fps is {self.fps}"] * (not 0 < self.fps < math.inf)
         if wrong:
-            raise ConfigError(f"{', '.join(wrong)}: text, new, batch and fps are positive")
+            raise ConfigError(f"{', '.join(wrong)}: text, new, steps, batch and fps are positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +103,8 @@ class Plan:
         tokens: of each kind of part; ``context`` is what the backbone reads at most.
         parameters: of each part.
         phases: by name: ``prefill``, ``step`` (a token in the middle of the answer) and ``answer`` of a system that
-            writes, ``pictures`` and ``texts`` of one that embeds, ``train`` of a training step.
+            writes, ``pictures`` and ``texts`` of one that embeds, ``condition``, ``step`` (with both predictions of
+            guidance), ``decode`` and ``drawing`` (all of it) of one that paints, ``train`` of a training step.
         weights: bytes; of training in fp32 with gradients in the phase's activations and AdamW's numbers in
             ``optimizer``.
         cache: bytes of keys and values for the whole answer; ``cache_per_token`` of one more token a row.
@@ -143,7 +150,7 @@ class Plan:
         out += [
             ("memory", f"activations, {name}", _scaled(phase.activations, "B", 1024))
             for name, phase in self.phases.items()
-            if name != "answer"
+            if name not in ("answer", "drawing")
         ]
         out.append(("memory", f"peak in {self.dtype}", _scaled(self.peak, "B", 1024)))
         for name, phase in self.phases.items():
@@ -344,6 +351,8 @@ class _Run:
             self._embed(model)
         elif isinstance(model, Policy):
             self._act(model)
+        elif isinstance(model, Painter):
+            self._paint(model)
         elif other := [n for n in model.inputs_spec() if n not in ("ids", "valid", "types", "labels")]:
             raise UnsupportedError(f"{type(model).__name__} reads {', '.join(other)}, which has no price yet")
         else:
@@ -433,6 +442,42 @@ class _Run:
             with model.acting():
                 self._write(writer, Batch(ids=ids, condition=condition))
 
+    # -- painting
+
+    def _paint(self, model: Painter) -> None:
+        """A picture of each text, as long as the spec has it, with the model's own guidance."""
+        given, generator = self.given, torch.Generator().manual_seed(0)
+        if given.frames or len(given.images or ()) > 1:
+            raise UnsupportedError(f"{self.found.name} paints one picture of a text: give one size, and no frames")
+        size = given.images[0] if given.images else None
+        d = model.settled(Drawing(size=size, steps=given.steps, seed=0))
+        guided = d.guidance != 1 and not model.embeds_guidance
+        rows, specs = given.batch * (1 + guided), model.inputs_spec()
+        told = {n: spec for n, spec in specs.items() if not spec.dtype.is_floating_point and n != "chance"}
+        batch = self._dry(Batch({name: spec.random(rows, generator) for name, spec in told.items()}))
+        self.tokens |= {name: t.shape[1] for name, t in batch.items() if t.ndim == 2 and name.endswith("ids")}
+        self.tokens[f"picture, {d.size[0]} x {d.size[1]}"] = model.places(d.size)
+        with self.dry.counted() as counted:
+            condition = model.condition(batch)
+            if "control" in specs:
+                condition = model.look_at(condition, self.dry.empty((rows, specs["control"].shape[0], *d.size[::-1])))
+        self.add("condition", counted)
+        if model.embeds_guidance:
+            condition = Batch(condition, guidance=torch.ones(rows))
+        latents = self.dry.empty((rows, *model.latents(d.size)), model.dtype)
+        with self.dry.counted() as counted:
+            model.denoise(latents, torch.ones(rows), condition)
+        self.add("step", counted)
+        with self.dry.counted() as counted:
+            model.decode_latents(self.dry.empty((given.batch, *latents.shape[1:])))
+        self.add("decode", counted)
+        times = Counter({"condition": 1, "step": _asked(model, d), "decode": 1})
+        work: Counter[Work] = Counter()
+        for name, number in times.items():
+            work.update({item: number * count for item, count in self.parts[name].work.items()})
+        most = max(self.parts[name].activations for name in times)
+        self.parts["drawing"] = _Part(work, most, self.weights)
+
     # -- training
 
     def train(self) -> None:
@@ -458,6 +503,21 @@ class _Run:
         with dry.counted() as counted:
             model.loss(batch).mean.backward()
         self.add("train", counted, _weight_bytes(model, int8=False))
+
+
+def _asked(model: Painter, drawing: Settled) -> int:
+    """How often a picture asks the model: solvers of a higher order do so more than once a step."""
+    calls = 0
+
+    def predict(x: Tensor, when: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x
+
+    x = torch.zeros(1, 1, 1, 1)
+    points = model.sampling.points(drawing.steps, model.places(drawing.size))
+    model.sampling.sample(predict, x, points, fresh=lambda: x)
+    return calls
 
 
 def _bytes(batch: Mapping[str, Tensor]) -> int:

@@ -44,6 +44,7 @@ COMMANDS = [
     "plan",
     "record",
     "act",
+    "imagine",
     "serve-policy",
     "transcribe",
     "listen",
@@ -53,6 +54,7 @@ COMMANDS = [
     "detect-watermark",
     "draw",
     "show",
+    "film",
 ]
 POLYMODAL = [sys.executable, "-m", "polymodal"]
 

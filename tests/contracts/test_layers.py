@@ -39,7 +39,7 @@ SHARED = {
     "chunk_heads", "lerobot", "listening", "windows", "whisper_files", "wav2vec2_files", "clap_files",
     "expert_policy", "expert_files", "codec", "seanet_codec", "picture_codec", "vqgan_files", "chameleon_files",
     "picture_writing", "painting", "scheduler_files", "vae_files", "latent_painting", "stable_diffusion_files",
-    "flow_painter", "flow_files", "exact",
+    "flow_painter", "flow_files", "exact", "filming", "imagining", "unified",
 }  # fmt: skip
 # Oracles of the tests: never needed at run time.
 ORACLES = {"transformers", "diffusers", "peft", "timm", "open_clip", "skimage", "accelerate"}

@@ -19,7 +19,8 @@ from polymodal.modalities.image import ImageProcessor
 from polymodal.nn.skeleton import skeleton
 from polymodal.samplers.autoregressive import Settings, complete
 from polymodal.samplers.modes import Wordless
-from polymodal.systems.chameleon import PRESETS, Z_LOSS, Chameleon, read_hf, write_hf
+from polymodal.systems.chameleon import PRESETS, Chameleon, read_hf, write_hf
+from polymodal.systems.unified import Z_LOSS
 from tests.parity.harness import alone, assert_learns_alike, assert_same_files, cases, save_reference
 
 transformers = pytest.importorskip("transformers")
@@ -151,7 +152,7 @@ def test_full_size(name: str) -> None:
     assert todo.problems == []
     shapes = {name: tuple(t.shape) for name, t in theirs.items()}
     assert {name: tuple(t.shape) for name, t in ours.to_hub(ours.state_dict()).items()} == shapes
-    assert ours.tokens.count == 1024
+    assert ours.modes[0].rounds == 1024
     assert len(config.code_ids) == 8192
     assert config.backbone.vocab_size == 65536
 

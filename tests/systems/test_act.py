@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from polymodal.act.chunks import Player, Receding
-from polymodal.act.film import film
 from polymodal.act.guard import Guard
 from polymodal.act.runner import Expert, Sampled, run
 from polymodal.act.server import PolicyServer, ServerConfig
@@ -22,6 +21,7 @@ from polymodal.core.interval import wilson
 from polymodal.core.observation import Observation
 from polymodal.encoders.trunk import PixelTrunk
 from polymodal.modalities.action import Statistics
+from polymodal.modalities.film import film
 from polymodal.systems.behaviour import BehaviourCloning, BehaviourConfig
 from polymodal.systems.chunk_heads import Flow
 from tests.toy_robot import FPS, LIMITS, ToyPolicy, ToyRobot

@@ -19,7 +19,8 @@ from polymodal.core.sample import Image, Sample, Text
 from polymodal.core.verbs import Draws
 from polymodal.nn.skeleton import skeleton
 from polymodal.samplers.autoregressive import Settings, complete
-from polymodal.systems.chameleon import PRESETS, Z_LOSS, Chameleon
+from polymodal.systems.chameleon import PRESETS, Chameleon
+from polymodal.systems.unified import Z_LOSS
 from polymodal.tokenizers.language import LanguageTokenizer
 from tests.nano import NANO, nano, nano_batch
 from tests.talking import MARKS, WORDS
@@ -61,7 +62,7 @@ def test_a_picture_is_1024_tokens() -> None:
 
 @pytest.mark.proves("chameleon", "interleaved documents: exactly the codes of each picture, learned as the text is")
 def test_documents(model: Chameleon) -> None:
-    t = model.tokens
+    t = model.modes[0]
     samples = [
         Sample.of([Text("a red cup"), Image(picture()), Text("yes"), Image(picture(1))]),
         Sample.of([Text("no")]),
@@ -72,12 +73,12 @@ def test_documents(model: Chameleon) -> None:
     for row, sample in enumerate(samples):
         ids, labels = (spelled[name][row][spelled["valid"][row]].tolist() for name in ("ids", "labels"))
         assert ids == labels
-        assert sum(i in t.codes for i in ids) == WHOLE * len(sample.images)
+        assert sum(i in t.books[0] for i in ids) == WHOLE * len(sample.images)
         assert model.count(sample) == len(ids) - 2
         assert ids.count(t.begin) == ids.count(t.end) == len(sample.images)
         assert (ids[0], ids[-1]) == (1, 2)
     expected = model.picture_tokens(batch["pixels"]).flatten()
-    assert torch.equal(spelled["ids"][torch.isin(spelled["ids"], torch.tensor(t.codes))], expected)
+    assert torch.equal(spelled["ids"][torch.isin(spelled["ids"], torch.tensor(t.books[0]))], expected)
     with pytest.raises(MediaError, match="at most 96"):
         model.document([Sample.of([Image(picture())] * 6)])
 
@@ -120,7 +121,7 @@ def test_an_answer_may_hold_pictures(model: Chameleon) -> None:
     assert model.tokenizer is not None
     two, yes = (model.tokenizer.encode(word, special=False) for word in ("two", "yes"))
     codes = model.picture_tokens(batch["pixels"])[1].tolist()
-    assert learned == [*two, model.tokens.begin, *codes, model.tokens.end, *yes, model.config.turn_id]
+    assert learned == [*two, model.modes[0].begin, *codes, model.modes[0].end, *yes, model.config.turn_id]
     prompt = model.write_prompt(Chat(chat.turns[:1]))
     assert prompt[0] == 1
     assert prompt[-2:] == [model.config.image_id, model.config.turn_id]
@@ -130,7 +131,7 @@ def test_an_answer_may_hold_pictures(model: Chameleon) -> None:
 def test_text_and_pictures_in_turn(model: Chameleon) -> None:
     prompt = model.prompt([Chat.of("a red cup")])
     settings = [
-        Settings(max_new_tokens=60, temperature=5.0, seed=seed, constraint=model.interleaved(60, pictures=2))
+        Settings(max_new_tokens=60, temperature=5.0, seed=seed, constraint=model.interleaved(60, most={"image": 2}))
         for seed in range(6)
     ]
     prompts = Batch({name: tensor.expand(6, -1) for name, tensor in prompt.items()})
@@ -144,9 +145,9 @@ def test_text_and_pictures_in_turn(model: Chameleon) -> None:
         assert all(a.text or b for a, b in itertools.pairwise(parts) if isinstance(a, Text))
         counts.append(len(pictures))
     assert 0 < max(counts) <= 2
-    t = model.tokens
-    with pytest.raises(MediaError, match="a picture of 2 codes"):
-        model.parts([5, t.begin, t.codes[0], t.codes[1], t.end])
+    t = model.modes[0]
+    with pytest.raises(MediaError, match=f"token {t.end} in a span of image, behind 2 of its codes"):
+        model.parts([5, t.begin, *t.books[0][:2], t.end])
 
 
 @pytest.mark.proves("chameleon", "draw: a seed gives the same picture alone and in a batch; guidance counts")

@@ -22,6 +22,7 @@ from polymodal.checklist import QUESTIONS, recommend
 from polymodal.connectors.grid import Pooling
 from polymodal.connectors.resampler import ResamplerConfig
 from polymodal.core.batch import Batch
+from polymodal.core.drawing import Drawing
 from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
 from polymodal.core.sample import Image, Sample
 from polymodal.core.verbs import Generates
@@ -37,19 +38,23 @@ from polymodal.systems.base import DualEncoder, Embedder, System
 from polymodal.systems.behaviour import BehaviourCloning
 from polymodal.systems.chunk_heads import TokenActions, Tokens
 from polymodal.systems.generator import Generator
+from polymodal.systems.painting import Painter
 from tests.nano import DECODER, NANO, every_system, nano, nano_batch
+from tests.systems.test_every_painter import painter
 
 # Stage 1 of BLIP-2 reads pairs; the others hear, or write codes.
 UNPRICED = {"blip2_qformer", "clap", "encodec", "dac", "wav2vec2", "whisper", "musicgen", "valle"}
 UNPRICED |= {"vqgan", "cosmos_tokenizer", "parti"}  # they read pixels, or codes
-UNPRICED |= {"dit", "sd3", "flux", "sora", "stable_diffusion", "sdxl", "controlnet"}  # they paint
-NANO_INPUT = Input(images=((56, 56),), text=5, new=4, batch=2)
+UNPRICED |= {"sora", "stable_video"}  # they make films
+UNPRICED |= {"diamond", "iris"}  # they foresee films
+NANO_INPUT = Input(images=((56, 56),), text=5, new=4, steps=2, batch=2)
 
 
 @functools.cache
 def planned(name: str) -> Plan:
-    words = "image" not in TABLE[name].modalities
-    return price(NANO[name], replace(NANO_INPUT, images=() if words else NANO_INPUT.images), train=True)
+    words, paints = "image" not in TABLE[name].modalities, issubclass(TABLE[name].resolve(), Painter)
+    images = None if paints else () if words else NANO_INPUT.images
+    return price(NANO[name], replace(NANO_INPUT, images=images), train=True)
 
 
 def counted(work: Callable[[], object]) -> int:
@@ -106,6 +111,10 @@ def runs(model: System, given: Input) -> dict[str, Callable[[], object]]:
             )
             out["texts"] = lambda: model.encode(Batch(ids=ids))
         return out
+    if isinstance(model, Painter):
+        drawing = Drawing(steps=given.steps, seed=0)
+        control = torch.rand(1, 3, *model.size[::-1]) if "control" in model.inputs_spec() else None
+        return {"drawing": lambda: model.draw(["a"] * given.batch, drawing, control=control)}
     if isinstance(model, Policy):
         specs = {name: spec for name, spec in model.inputs_spec().items() if not name.startswith("actions")}
         seen = Batch({n: spec.random(given.batch, torch.Generator().manual_seed(0)) for n, spec in specs.items()})
@@ -120,7 +129,7 @@ def test_operations(name: str) -> None:
         with pytest.raises(UnsupportedError, match="no price yet"):
             planned(name)
         return
-    model = nano(name).eval()
+    model = painter(name) if issubclass(TABLE[name].resolve(), Painter) else nano(name).eval()
     plan = planned(name)
     assert sum(plan.parameters.values()) == sum(p.numel() for p in model.parameters())
     assert plan.parameters == parameters(model)
@@ -270,6 +279,30 @@ def test_a_policy_that_writes_its_actions_is_its_trunk_and_their_tokens(dtype: A
     memory = head.new_memory(2, 5)
     assert plan.phases["prefill"].flops == pytest.approx(counted(lambda: head.prefill(asked, memory)), rel=0.02)
     assert plan.phases["answer"].flops > plan.phases["prefill"].flops + 3 * plan.phases["step"].flops * 0.9
+
+
+def test_a_drawing_is_its_condition_its_steps_and_its_decoding() -> None:
+    """Four times the places are four times the tokens; the text costs the same."""
+    config = NANO["stable_diffusion"]
+    plan = price(config, Input(steps=3))
+    once, step, decode = (plan.phases[name].flops for name in ("condition", "step", "decode"))
+    assert plan.phases["drawing"].flops == once + 3 * step + decode
+    assert plan.phases["drawing"].activations == max(
+        plan.phases[n].activations for n in ("condition", "step", "decode")
+    )
+    width, height = painter("stable_diffusion").size
+    large = price(config, Input(images=((2 * width, 2 * height),), steps=3))
+    (name, *_), (places, *_) = zip(*[(n, k) for n, k in large.tokens.items() if n.startswith("picture")], strict=True)
+    assert name == f"picture, {2 * width} x {2 * height}"
+    assert places == 4 * plan.tokens[f"picture, {width} x {height}"]
+    assert large.phases["decode"].flops >= 4 * decode
+    assert large.phases["condition"].flops == once
+    with pytest.raises(ConfigError, match="multiples of"):
+        price(config, Input(images=((width + 1, height),)))
+    with pytest.raises(UnsupportedError, match="one picture"):
+        price(config, Input(frames=2))
+    with pytest.raises(ConfigError, match="steps is 0"):
+        Input(steps=0)
 
 
 @pytest.mark.slow

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+import polymodal
 from polymodal.core.batch import Batch
-from polymodal.core.errors import ConfigError, MediaError
-from polymodal.systems.sora import NOBODY, Sora, SoraConfig
+from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
+from polymodal.core.filming import Filming
+from polymodal.nn.spacetime import NOBODY, patched, unpatched
+from polymodal.systems.cosmos_tokenizer import CosmosTokenizerConfig
+from polymodal.systems.flow_painter import T5_END
+from polymodal.systems.sora import Sora, SoraConfig
+from polymodal.tokenizers.language import LanguageTokenizer
 from tests.nano import NANO, nano, shaken
 
 SHAPES = [(3, 4, 6), (1, 8, 4), (2, 2, 10), (1, 2, 2)]  # wide, a tall picture, very wide, the smallest picture
@@ -32,7 +40,7 @@ def learned(model: Sora, batch: Batch, when: dict[int, float]) -> tuple[Batch, l
     """The batch with noise and times that do not depend on where a clip lies, and each clip's patches and velocity."""
     batch = Batch(batch)
     batch["noise"] = torch.sin(batch["patches"] * 3 + 1)
-    lengths = {len(model.tokens(c)[0]): number for number, c in enumerate(clips())}
+    lengths = {len(patched(c, 2)[0]): number for number, c in enumerate(clips())}
     times = torch.zeros(batch["ids"].shape[:2])
     for row, place in torch.cartesian_prod(*(torch.arange(n) for n in times.shape)).tolist():
         count = int((batch["clip"][row] == place).sum())
@@ -69,37 +77,37 @@ def test_packed_is_alone(model: Sora) -> None:
 @pytest.mark.proves("sora", "clips: any size is patches and back; a picture is one frame")
 def test_clips_are_patches_and_back(model: Sora) -> None:
     for clip in clips():
-        patches, position = model.tokens(clip)
+        patches, position = patched(clip, 2)
         time, height, width = clip.shape[1:]
         assert patches.shape == (time * height // 2 * (width // 2), 16)
-        assert torch.equal(model.clip(patches, (time, height, width)), clip)
+        assert torch.equal(unpatched(patches, (time, height, width), 2), clip)
         assert position[0].tolist() == [0, 0, 0]
         assert position[-1].tolist() == [time - 1, height // 2 - 1, width // 2 - 1]
         number = len(patches) // 2
         t, y, x = position[number].tolist()
         assert torch.equal(patches[number], clip[:, t, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].flatten())
     still = clips()[1]
-    assert model.tokens(still)[1][:, 0].eq(0).all()
+    assert patched(still, 2)[1][:, 0].eq(0).all()
 
 
 def test_a_causal_autoencoder_has_one_latent_for_the_first_frame(model: Sora) -> None:
-    assert [model.latent_frames(n) for n in (1, 5, 9, 61)] == [1, 2, 3, 16]
+    assert [model.vae.grid(n, 16, 32) for n in (1, 5, 9, 61)] == [(n, 2, 4) for n in (1, 2, 3, 16)]
     for frames in (0, -3, 2, 4, 8, 60):
-        with pytest.raises(MediaError, match="causal"):
-            model.latent_frames(frames)
+        with pytest.raises(MediaError, match="1, 5, 9"):
+            model.vae.grid(frames, 16, 16)
     for shape in ((1, 3, 4), (1, 4, 5), (0, 4, 4)):
         with pytest.raises(MediaError, match="patches of 2"):
-            model.tokens(torch.zeros(4, *shape))
+            patched(torch.zeros(4, *shape), 2)
 
 
 @pytest.mark.proves("sora", "drawing: the size of the noise is the size of the clip")
 def test_the_noise_gives_the_size(model: Sora) -> None:
     for shape in ((1, 4, 4), (2, 2, 6)):
-        made = model.imagine([5, 1], shape, steps=3, seed=2)
+        made = model.sample([5, 1], shape, steps=3, seed=2)
         assert made.shape == (4, *shape)
-        assert torch.equal(made, model.imagine([5, 1], shape, steps=3, seed=2))
-        assert not torch.allclose(made, model.imagine([6, 1], shape, steps=3, seed=2), atol=1e-4)
-        assert not torch.allclose(made, model.imagine([5, 1], shape, steps=3, seed=3), atol=1e-2)
+        assert torch.equal(made, model.sample([5, 1], shape, steps=3, seed=2))
+        assert not torch.allclose(made, model.sample([6, 1], shape, steps=3, seed=2), atol=1e-4)
+        assert not torch.allclose(made, model.sample([5, 1], shape, steps=3, seed=3), atol=1e-2)
 
 
 def test_time_and_place_are_told_apart(model: Sora) -> None:
@@ -142,6 +150,66 @@ def test_learning_pictures_and_clips_together() -> None:
 
 def test_impossible_configs_are_refused() -> None:
     config = NANO["sora"]
-    for fields in ({"latent_dim": 5}, {"size": 3}, {"text": NANO["sd3"].t5}, {"backbone": NANO["flux"].backbone}):
+    wrong = ({"size": 3}, {"text": NANO["sd3"].t5}, {"backbone": NANO["flux"].backbone}, {"scale": 0.0})
+    for fields in wrong:
         with pytest.raises(ConfigError):
-            SoraConfig(**{"text": config.text, "backbone": config.backbone, "latent_dim": 4} | fields)
+            SoraConfig(**{"text": config.text, "backbone": config.backbone, "vae": config.vae} | fields)
+
+
+@pytest.mark.proves("sora", "films: pixels to clip and back, a picture is as alone; films of a text, with guidance")
+def test_pixels_to_clip_and_back(model: Sora) -> None:
+    film = torch.rand(9, 3, 16, 32) * 2 - 1
+    latents = model.encode_clip(film)
+    assert latents.shape == (4, 3, 2, 4)
+    torch.testing.assert_close(model.encode_clip(film[:1]), latents[:, :1], atol=1e-5, rtol=1e-5)
+    assert model.decode_clip(latents).shape == film.shape
+    other = replace(model.config, scale=2.0)
+    doubled = Sora(other)
+    doubled.load_state_dict(model.state_dict())
+    torch.testing.assert_close(doubled.encode_clip(film), 2 * latents)
+    torch.testing.assert_close(doubled.decode_clip(2 * latents), model.decode_clip(latents))
+    with pytest.raises(MediaError, match="multiples of 8"):
+        model.encode_clip(torch.zeros(1, 3, 12, 16))
+
+
+def test_an_autoencoder_is_adopted() -> None:
+    torch.manual_seed(0)
+    model, codec = nano("sora"), polymodal.build(CosmosTokenizerConfig(net=NANO["sora"].vae))
+    assert isinstance(model, Sora)
+    model.adopt(codec.net)
+    film = torch.rand(1, 3, 5, 16, 16)
+    torch.testing.assert_close(model.encode_clip(film[0].movedim(1, 0)), codec.latents(film)[0])
+
+
+def test_films(model: Sora, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnsupportedError, match="no tokenizer"):
+        model.film("a cat", Filming())
+    monkeypatch.setattr(model, "tokenizer", LanguageTokenizer.of_words(["a", "cat", "dog"], special=()))
+    assert model.ids(["a cat"])[0][-1] == T5_END
+    with pytest.raises(MediaError, match="at most 12"):
+        model.film("a cat " * 20, Filming())
+    monkeypatch.setattr(model, "ids", lambda texts: [[*map(len, text.split()), T5_END] for text in texts])
+    filming = Filming(seed=3, steps=3, guidance=3)
+    film = model.film("a cat", filming)
+    assert film.shape == (5, 3, 16, 16)
+    assert torch.equal(film, model.film("a cat", filming))
+    assert not torch.allclose(film, model.film("some cats", filming), atol=1e-4)
+    assert not torch.allclose(film, model.film("a cat", replace(filming, guidance=1)), atol=1e-4)
+    assert model.film("a cat", replace(filming, frames=1, size=(32, 16))).shape == (1, 3, 16, 32)
+    with pytest.raises(ConfigError, match="1, 5, 9"):
+        model.film("a cat", Filming(frames=6))
+    with pytest.raises(UnsupportedError, match="no picture"):
+        model.film("a cat", filming, image=torch.rand(3, 16, 16))
+    with pytest.raises(UnsupportedError, match="how much is to move"):
+        model.film("a cat", Filming(motion=5))
+
+
+@pytest.mark.proves("sora", "training: what is dropped says nothing")
+def test_dropping(model: Sora) -> None:
+    batch = model.pack(clips(), TEXTS, capacity=20)
+    dropped = model.drop(batch, torch.ones(batch["ids"].shape[:2], dtype=torch.bool))
+    assert torch.equal(dropped["valid"].any(-1), batch["valid"].any(-1))
+    said = dropped["ids"][dropped["valid"]]
+    assert said.tolist() == [T5_END] * len(TEXTS)
+    kept = model.drop(batch, torch.zeros(batch["ids"].shape[:2], dtype=torch.bool))
+    assert all(torch.equal(kept[name], batch[name]) for name in batch)

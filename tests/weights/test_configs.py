@@ -63,8 +63,17 @@ SHAPELESS = {
     "max_image_seq_len",
     "max_sequence_length",
     "default_side",
+    "side",
+    "frames",
+    "num_frames",
+    "text_tokens",
     "every",
     "max_distance",
+    # Of frames, and of the norms over them.
+    "width",
+    "height",
+    "group",
+    "groups",
     # How a policy is wired.
     "action_dim",
     "horizon",
@@ -98,6 +107,7 @@ PIPELINE = {LIBRARY, CLASS}  # what the index says of a part; there is more wher
 UNREAD = {(f"text_encoder{n}", "num_decoder_layers") for n in ("", "_2", "_3")}
 UNREAD |= {("text_config", "decoder_config", field) for field in ("num_layers", "num_heads", "head_dim")}
 UNREAD |= {("text_config", "decoder_config", "mlp_config", "hidden_dim")}
+UNREAD |= {("backbone_config", "head_dim")}  # of attention that is as wide as what it reads
 NAMING = {("model_type",), ("type",), (CLASS,)}  # LeRobot's configs have a type
 
 

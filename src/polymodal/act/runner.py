@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float, Float32
 
 from polymodal.act.chunks import Player
-from polymodal.act.film import Film, frame
+from polymodal.act.film import frame
 from polymodal.act.guard import Guard, spread
 from polymodal.act.limits import Limits
 from polymodal.core.batch import Batch
 from polymodal.core.interval import Interval, wilson
 from polymodal.core.observation import Observation
 from polymodal.core.verbs import Acts, history_of
+from polymodal.modalities.film import Film
 
 
 @runtime_checkable

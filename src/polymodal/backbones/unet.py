@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from polymodal.core.errors import ConfigError
 from polymodal.nn.attention import Attention
+from polymodal.nn.blend import Blend
 from polymodal.nn.time import Embedder, step_waves
 
 TRANSFORMER_EPS = 1e-6  # of the group norm before a Transformer
@@ -96,6 +97,19 @@ class UNetConfig:
     def time_dim(self) -> int:
         return 4 * self.levels[0].dim
 
+    @property
+    def outer_eps(self) -> float:
+        """Of the residual blocks on the way up, and of those on the way down that Transformers follow."""
+        return self.eps
+
+    def block(self, dim: int, out: int, eps: float) -> nn.Module:
+        """A residual block."""
+        return ResidualBlock(self, dim, out, eps)
+
+    def transformer(self, dim: int, shape: Transformers) -> nn.Module:
+        """What stands behind a residual block."""
+        return Transformer(self, dim, shape)
+
 
 class Residuals(NamedTuple):
     """What a ControlNet adds: to all that the way down leaves, finest first, and to the middle."""
@@ -107,20 +121,24 @@ class Residuals(NamedTuple):
 class ResidualBlock(nn.Module):
     """Two convolutions, each behind a norm and SiLU, around a shortcut; the step is added between them."""
 
-    def __init__(self, config: UNetConfig, dim: int, out: int) -> None:
+    def __init__(self, config: UNetConfig, dim: int, out: int, eps: float) -> None:
         super().__init__()
         c = config
-        self.norm1 = nn.GroupNorm(c.groups, dim, eps=c.eps)
-        self.conv1 = nn.Conv2d(dim, out, 3, padding=1)
+        self.norm1 = nn.GroupNorm(c.groups, dim, eps=eps)
+        self.conv1 = self.convolution(dim, out)
         self.time_proj = nn.Linear(c.time_dim, out)
-        self.norm2 = nn.GroupNorm(c.groups, out, eps=c.eps)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(c.groups, out, eps=eps)
+        self.conv2 = self.convolution(out, out)
         self.shortcut = nn.Identity() if dim == out else nn.Conv2d(dim, out, 1)
 
+    def convolution(self, dim: int, out: int) -> nn.Module:
+        return nn.Conv2d(dim, out, 3, padding=1)
+
     def forward(
-        self, x: Float[Tensor, "batch dim rows columns"], step: Float[Tensor, "batch time"]
-    ) -> Float[Tensor, "batch out rows columns"]:
-        h = self.conv1(F.silu(self.norm1(x))) + self.time_proj(step)[:, :, None, None]
+        self, x: Float[Tensor, "batch dim *places"], step: Float[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch out *places"]:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_proj(step).view(*h.shape[:2], *[1] * (h.ndim - 2))
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
@@ -178,12 +196,12 @@ class Transformer(nn.Module):
 class Stage(nn.Module):
     """The residual blocks of a level, from these to its own channels, and the Transformers behind them."""
 
-    def __init__(self, config: UNetConfig, sources: Sequence[int], level: Level) -> None:
+    def __init__(self, config: UNetConfig, sources: Sequence[int], level: Level, eps: float) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(config, source, level.dim) for source in sources)
+        self.blocks = nn.ModuleList(config.block(source, level.dim, eps) for source in sources)
         shape = level.transformers
         self.transformers = nn.ModuleList(
-            () if shape is None else (Transformer(config, level.dim, shape) for _ in sources)
+            () if shape is None else (config.transformer(level.dim, shape) for _ in sources)
         )
 
     def steps(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
@@ -196,7 +214,8 @@ class Down(Stage):
 
     def __init__(self, config: UNetConfig, number: int) -> None:
         level, c = config.levels[number], config
-        super().__init__(c, [c.levels[max(number - 1, 0)].dim, *[level.dim] * (c.num_blocks - 1)], level)
+        eps = c.eps if level.transformers is None else c.outer_eps
+        super().__init__(c, [c.levels[max(number - 1, 0)].dim, *[level.dim] * (c.num_blocks - 1)], level, eps)
         last = number == len(c.levels) - 1
         self.downsample = None if last else nn.Conv2d(level.dim, level.dim, 3, stride=2, padding=1)
 
@@ -218,9 +237,8 @@ class Up(Stage):
         dims = [level.dim for level in c.levels]
         dim, coarser, finer = dims[number], dims[min(number + 1, len(dims) - 1)], dims[max(number - 1, 0)]
         skips = [*[dim] * c.num_blocks, finer]  # the last is what the finer level left when it was halved, or the first
-        super().__init__(
-            c, [a + b for a, b in zip([coarser, *[dim] * c.num_blocks], skips, strict=True)], c.levels[number]
-        )
+        sources = [a + b for a, b in zip([coarser, *[dim] * c.num_blocks], skips, strict=True)]
+        super().__init__(c, sources, c.levels[number], c.outer_eps)
         self.upsample = nn.Conv2d(dim, dim, 3, padding=1) if number else None
 
     def forward(self, x: Tensor, left: list[Tensor], step: Tensor, context: Tensor) -> Tensor:
@@ -238,8 +256,8 @@ class Middle(Stage):
 
     def __init__(self, config: UNetConfig) -> None:
         dim = config.levels[-1].dim
-        super().__init__(config, [dim, dim], Level(dim=dim))
-        self.transformers = nn.ModuleList([Transformer(config, dim, config.middle)])
+        super().__init__(config, [dim, dim], Level(dim=dim), config.eps)
+        self.transformers = nn.ModuleList([config.transformer(dim, config.middle)])
 
     def forward(self, x: Tensor, step: Tensor, context: Tensor) -> Tensor:
         first, second = self.blocks
@@ -270,18 +288,19 @@ class UNetEncoder(nn.Module):
         out = self.time_embed(step_waves(when, c.levels[0].dim).to(dtype))
         if self.added_embed is not None:
             assert c.added is not None
-            assert pooled is not None, "this U-Net reads the text's vector, too"
-            assert numbers is not None, "this U-Net reads sizes, too"
-            waves = step_waves(numbers.flatten(), c.added.waves).view(len(numbers), -1)
-            out = out + self.added_embed(torch.cat([pooled.to(dtype), waves.to(dtype)], 1))
+            assert numbers is not None, "this U-Net reads numbers, too"
+            waves = step_waves(numbers.flatten(), c.added.waves).view(len(numbers), -1).to(dtype)
+            told = waves if pooled is None else torch.cat([pooled.to(dtype), waves], 1)
+            assert told.shape[1] == c.added.dim, "this U-Net reads the text's vector, too, or other numbers"
+            out = out + self.added_embed(told)
         return F.silu(out)
 
     def forward(
         self,
-        x: Float[Tensor, "batch channels rows columns"],
+        x: Float[Tensor, "pictures channels rows columns"],
         step: Float[Tensor, "batch time"],
         context: Float[Tensor, "batch tokens context_dim"],
-        shown: Float[Tensor, "batch dim rows columns"] | None = None,
+        shown: Float[Tensor, "pictures dim rows columns"] | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """All that the way down leaves, finest first, and the middle; ``shown`` is added to the first features."""
         x = self.first(x)
@@ -310,18 +329,18 @@ class UNet(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "batch channels rows columns"],
+        x: Float[Tensor, "pictures channels rows columns"],
         when: Shaped[Tensor, " batch"],
         context: Float[Tensor, "batch tokens context_dim"],
         *,
         pooled: Float[Tensor, "batch pooled_dim"] | None = None,
         numbers: Float[Tensor, "batch numbers"] | None = None,
         residuals: Residuals | None = None,
-    ) -> Float[Tensor, "batch out_channels rows columns"]:
+    ) -> Float[Tensor, "pictures out_channels rows columns"]:
         """The prediction.
 
         Args:
-            x: noisy latents.
+            x: noisy latents; of films (`unet_film`) the frames of the first, then those of the next.
             when: steps, 0 to 999.
             context: the tokens of a text.
             pooled: the text's vector, where ``config.added`` asks for it.
@@ -338,7 +357,7 @@ class UNet(nn.Module):
         return self.last(F.silu(self.norm(x)))
 
 
-def zero_(layer: nn.Linear | nn.Conv2d) -> None:
+def zero_(layer: nn.Linear | nn.Conv2d | nn.Conv3d) -> None:
     """Weight and bias."""
     nn.init.zeros_(layer.weight)
     assert layer.bias is not None
@@ -349,10 +368,11 @@ def zero_(layer: nn.Linear | nn.Conv2d) -> None:
 def init_unet_(model: nn.Module) -> None:
     """torch's own scheme, and zeros for the last layer of each residual block and Transformer."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm | nn.LayerNorm):
+        if isinstance(module, nn.Conv2d | nn.Conv3d | nn.Linear | nn.GroupNorm | nn.LayerNorm | Blend):
             module.reset_parameters()
     for module in model.modules():
         if isinstance(module, ResidualBlock):
+            assert isinstance(module.conv2, nn.Conv2d | nn.Conv3d)
             zero_(module.conv2)
         elif isinstance(module, Transformer):
             zero_(module.out_proj)

@@ -24,17 +24,17 @@ _FIXED: Final[dict[str, tuple[Any, ...]]] = {
     "class_embeddings_concat": (False,), "mid_block_only_cross_attention": (None, False),
     "cross_attention_norm": (None,), "reverse_transformer_layers_per_block": (None,),
 }  # fmt: skip
-_BLOCK = {n: n for n in ("norm1", "conv1", "norm2", "conv2")} | {
+BLOCK = {n: n for n in ("norm1", "conv1", "norm2", "conv2")} | {
     "time_emb_proj": "time_proj", "conv_shortcut": "shortcut",
 }  # fmt: skip
-_LAYER = {
+LAYER = {
     "norm1": "attn_norm", "norm2": "cross_norm", "norm3": "mlp_norm", "ff.net.0.proj": "mlp.up_proj",
     "ff.net.2": "mlp.down_proj", **{f"attn1.{theirs}": f"attn.{ours}" for theirs, ours in TO_PROJECTIONS.items()},
     **{f"attn2.{theirs}": f"cross_attn.{ours}" for theirs, ours in TO_PROJECTIONS.items()},
 }  # fmt: skip
 
 
-def _each(f: Fields, name: str, default: int, levels: int) -> tuple[int, ...]:
+def per_level(f: Fields, name: str, default: int, levels: int) -> tuple[int, ...]:
     """A number for each level, or one for all."""
     one = not f.is_list(name)
     values = (f.take(name, int, default, most=MOST_LAYERS),) * levels if one else f.numbers(name, int, most=MOST_LAYERS)
@@ -63,9 +63,12 @@ def read_unet(f: Fields, *, up: bool = True) -> UNetConfig:
         crossed = [True] * levels
     if up:
         f.require("up_block_types", [(_CROSS if c else _PLAIN).format(way="Up") for c in reversed(crossed)])
-    heads, depths = _each(f, "attention_head_dim", 8, levels), _each(f, "transformer_layers_per_block", 1, levels)
+    heads, depths = (
+        per_level(f, "attention_head_dim", 8, levels),
+        per_level(f, "transformer_layers_per_block", 1, levels),
+    )
     if f.is_list("layers_per_block"):
-        counts = set(_each(f, "layers_per_block", 2, levels))
+        counts = set(per_level(f, "layers_per_block", 2, levels))
         if len(counts) > 1:
             f.problems.append("layers_per_block differs from level to level")
         blocks = counts.pop()
@@ -138,9 +141,9 @@ def write_unet(c: UNetConfig, *, up: bool = True) -> dict[str, Any]:
 def _stage(theirs: str, ours: str, c: UNetConfig) -> list[Rule]:
     attention, mine = f"{theirs}.attentions.{{j}}", f"{ours}.transformers.{{j}}"
     maps = {"proj_in": "in_proj", "proj_out": "out_proj"}
-    rules = renames(f"{theirs}.resnets.{{j}}", f"{ours}.blocks.{{j}}", _BLOCK)
+    rules = renames(f"{theirs}.resnets.{{j}}", f"{ours}.blocks.{{j}}", BLOCK)
     rules += renames(attention, mine, {"norm": "norm"} | ({} if c.convolved else maps))
-    rules += renames(f"{attention}.transformer_blocks.{{k}}", f"{mine}.blocks.{{k}}", _LAYER)
+    rules += renames(f"{attention}.transformer_blocks.{{k}}", f"{mine}.blocks.{{k}}", LAYER)
     if c.convolved:
         for a, b in maps.items():
             rules.append(rule(f"{attention}.{a}.weight", f"{mine}.{b}.weight", Squeeze((2, 3))))

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from polymodal.cli import act, ask, find, listen, models, paint, sound
+from polymodal.cli import act, ask, film, find, imagine, listen, models, paint, sound
 from polymodal.cli.common import Help
 from polymodal.cli.show import plain
 from polymodal.core.errors import PolymodalError
@@ -73,6 +73,17 @@ polymodal COMMAND --help teaches each command with examples.""",
     )
     parser.add_argument("--version", action="version", version=f"polymodal {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (find.add, ask.add, models.add, act.add, listen.add, sound.add, paint.add, find.add_demo):
+    for add in (
+        find.add,
+        ask.add,
+        models.add,
+        act.add,
+        imagine.add,
+        listen.add,
+        sound.add,
+        paint.add,
+        film.add,
+        find.add_demo,
+    ):
         add(commands)
     return parser

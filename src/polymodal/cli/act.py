@@ -45,13 +45,13 @@ def _record(arguments: argparse.Namespace) -> int:
 
 def _act(arguments: argparse.Namespace) -> int:
     from polymodal.act.envs import make
-    from polymodal.act.film import film
     from polymodal.act.guard import Guard
     from polymodal.act.limits import Limits
     from polymodal.act.novelty import Novelty
     from polymodal.act.runner import run
     from polymodal.act.stops import stop_on_signals
     from polymodal.core.files import read_json
+    from polymodal.modalities.film import film
 
     pace = arguments.pace or _is_address(arguments.policy)
     novelty = Novelty.load(arguments.guard) if arguments.guard else None

@@ -134,7 +134,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise ConfigError("say what to price: a preset of polymodal ls SYSTEM, a shipped model or a folder")
     given = Input(
         images=tuple(arguments.image) if arguments.image else None, frames=arguments.frames, fps=arguments.fps,
-        text=arguments.text, new=arguments.new, batch=arguments.batch,
+        text=arguments.text, new=arguments.new, steps=arguments.steps, batch=arguments.batch,
     )  # fmt: skip
     plan = price(arguments.name, given, dtype=arguments.dtype, train=arguments.train)
     if arguments.json:
@@ -278,6 +278,7 @@ examples:
     sub.add_argument("--fps", type=float, default=2.0, metavar="F", help="of the clip (default: 2)")
     sub.add_argument("--text", type=count, default=32, metavar="N", help="tokens of text (default: 32)")
     sub.add_argument("--new", type=count, default=64, metavar="N", help="tokens of the answer (default: 64)")
+    sub.add_argument("--steps", type=count, metavar="N", help="of a picture that is painted (default: the system's)")
     sub.add_argument("--batch", type=count, default=1, metavar="N", help="so many inputs at once")
     sub.add_argument("--dtype", choices=("fp32", "bf16", "int8"), default="fp32", help="of weights (default: fp32)")
     sub.add_argument("--train", action="store_true", help="also a training step, in fp32 with AdamW")

@@ -13,7 +13,8 @@ from polymodal.cli.show import bar, plain, print_json
 from polymodal.core.errors import ConfigError, MediaError
 
 if TYPE_CHECKING:
-    from polymodal.pictures import Picture, Preview
+    from polymodal.films import MadeFilm
+    from polymodal.pictures import Made, Picture, Preview
 
 PAINTER = "polymodal/nano-draw"
 AT_ONCE = 4  # pictures on a GPU; a CPU is busy with one
@@ -36,7 +37,7 @@ def _draw(arguments: argparse.Namespace) -> int:
     prompt = clean(a.prompt)
     lora = _path(a.lora)
     model = load_model(a.model or PAINTER, lora)
-    name = out or Path(f"{_slug(prompt)}.png")
+    name = out or Path(f"{slug(prompt, 'picture')}.png")
     pictures: list[tuple[Path, Picture]] = []
     with bar("pictures", "steps") as show:
         made = drawn(
@@ -65,19 +66,18 @@ def _draw(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     from polymodal.modalities.generated import source_type
-    from polymodal.pictures import settings_of
 
     found = []
     for name in arguments.files:
         path = Path(name).expanduser()
         kind = source_type(path)
         try:
-            made = settings_of(path)
+            made = _made(path)
         except MediaError:
             if kind is None:
                 raise
             made = []  # another program's, which says that it is generated and no more
-        found.append((name, kind, made if isinstance(made, list) else [made]))
+        found.append((name, kind, made))
     if arguments.json:
         print_json([{"path": n, "source_type": kind, "pictures": [asdict(m) for m in made]} for n, kind, made in found])
         return 0
@@ -88,6 +88,16 @@ def _show(arguments: argparse.Namespace) -> int:
                 if value not in (None, "") and (field, value) not in (("rescale", 0.0), ("interval", (0.0, 1.0))):
                     print(f"  {field:<9} {plain(str(value))}")
     return 0
+
+
+def _made(path: Path) -> list[Made] | list[MadeFilm]:
+    """How a picture, the pictures of a sheet, or a film were made."""
+    from polymodal import films, pictures
+
+    if path.suffix.lower() == ".mp4":
+        return [films.settings_of(path)]
+    made = pictures.settings_of(path)
+    return made if isinstance(made, list) else [made]
 
 
 def _watch(show: Callable[[int, int], None], preview: Path | None) -> Callable[[Preview], None]:
@@ -105,13 +115,13 @@ def _path(name: str | None) -> Path | None:
     return None if name is None else Path(name).expanduser()
 
 
-def _slug(prompt: str) -> str:
-    """A prompt as a file's name."""
+def slug(prompt: str, otherwise: str) -> str:
+    """A prompt as a file's name, or another where it has no letters."""
     words = "".join(c.lower() if c.isascii() and c.isalnum() else " " for c in prompt).split()
-    return "-".join(words)[:NAME].strip("-") or "picture"
+    return "-".join(words)[:NAME].strip("-") or otherwise
 
 
-def _size(text: str) -> tuple[int, int]:
+def size(text: str) -> tuple[int, int]:
     """WIDTHxHEIGHT, or one number for both, for ``type=``."""
     width, _, height = text.lower().partition("x")
     return int(width), int(height or width)
@@ -141,7 +151,7 @@ The same seed gives the same picture, alone and among others.""",
     draw.add_argument(
         "--rescale", type=float, metavar="X", default=0.0, help="how much of guidance's contrast is taken back, 0 to 1"
     )
-    draw.add_argument("--size", type=_size, metavar="WxH", help="in pixels (default: the model's own)")
+    draw.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model's own)")
     draw.add_argument("--n", type=count, default=1, metavar="N", help="how many pictures; seeds count up (default: 1)")
     draw.add_argument("--image", metavar="FILE", help="a picture to begin with")
     draw.add_argument("--strength", type=float, metavar="X", help="how much of it is changed, up to 1 (default: 0.8)")
@@ -151,12 +161,12 @@ The same seed gives the same picture, alone and among others.""",
     draw.add_argument("--preview", metavar="FILE", help="a .png that shows after each step what is to be expected")
     with_json(draw)
     shown = command(
-        commands, "show", _show, "show how pictures were made",
+        commands, "show", _show, "show how pictures and films were made",
         """\
 examples:
   polymodal show a-cat-7.png
-  polymodal show *.png --json
-It reads what `polymodal draw` wrote, and of any PNG whether it is marked as generated: see docs/drawing.md.""",
+  polymodal show *.png circle.mp4 --json
+It reads what draw and film wrote, and of any PNG or mp4 whether it is marked as generated: see docs/drawing.md.""",
     )  # fmt: skip
-    shown.add_argument("files", nargs="+", metavar="FILE", help="pictures")
+    shown.add_argument("files", nargs="+", metavar="FILE", help="pictures and films")
     with_json(shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -37,6 +38,23 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_target(path: str | Path) -> None:
+    """Raises an OSError, as `atomic_path` does, where no file can be written: told before anything is computed."""
+    path = Path(path)
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if path.is_dir():
+        number, reason = errno.EISDIR, "it is a folder"
+    elif not folder.is_dir():
+        number, reason = errno.ENOTDIR, f"{folder} is no folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        number, reason = errno.EACCES, f"{folder} may not be written to"
+    else:
+        return
+    raise OSError(number, f"cannot be written ({reason})", str(path))
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from polymodal.core.batch import Batch, Loss
 from polymodal.core.drawing import Drawing, Glimpse, Settled
+from polymodal.core.filming import Filming, SettledFilm
 from polymodal.core.observation import Observation
 from polymodal.core.sample import Sample
 from polymodal.core.sounding import Sounding, Voice
@@ -462,6 +463,88 @@ class Draws(Protocol):
         ...
 
 
+@runtime_checkable
+class Films(Protocol):
+    """Makes films, of texts or of a picture that they begin with."""
+
+    def settled_film(self, filming: Filming, *, begun: tuple[int, int] | None = None) -> SettledFilm:
+        """The settings with all that is left to the model filled in, a seed among them.
+
+        Args:
+            filming: what is asked for.
+            begun: width and height of a picture that it is to begin with.
+
+        Raises:
+            ConfigError: the size or the number of frames is none that the model makes.
+            UnsupportedError: something is asked for that the model is not told.
+        """
+        ...
+
+    def film(
+        self,
+        prompt: str,
+        filming: Filming,
+        *,
+        image: Float[Tensor, "3 height width"] | None = None,
+        watch: Callable[[Glimpse], None] | None = None,
+    ) -> Float[Tensor, "frames 3 height width"]:
+        """The frames of one film, in [0, 1], on the CPU.
+
+        Args:
+            prompt: what is to be seen; empty for models that read no text.
+            filming: how to make it.
+            image: a picture to begin with, in [0, 1], of the size of the film.
+            watch: is told after each step; its pictures are the frames.
+
+        Raises:
+            ConfigError: see `settled_film`.
+            MediaError: the text is longer than the model reads, or the picture has another size.
+            UnsupportedError: the model reads no text, or begins with no picture, or with nothing else.
+        """
+        ...
+
+
+@runtime_checkable
+class Imagines(Protocol):
+    """Foresees what will be seen if something is done: a world model."""
+
+    @property
+    def action_dim(self) -> int: ...
+
+    @property
+    def history(self) -> int:
+        """Frames of the past that it makes use of; there may be fewer or more."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the frames that it reads and makes."""
+        ...
+
+    def imagine(
+        self,
+        frames: Float[Tensor, "batch context 3 height width"],
+        actions: Float[Tensor, "batch steps action"],
+        *,
+        seed: int | Sequence[int] = 0,
+    ) -> Float[Tensor, "batch future 3 height width"]:
+        """The frames that come next, in [0, 1], on the CPU.
+
+        Args:
+            frames: what was seen, in [0, 1].
+            actions: what is done between each frame and the next, those that are known first: there are ``context - 1``
+                of these, and one more for each frame to come.
+            seed: of the first row, the next ones have the numbers behind it; or one for each row. Each is the same
+                alone and among others.
+
+        Raises:
+            ConfigError: seeds that are negative, or not one for each row.
+            MediaError: frames of another size, actions of another number, or none for a frame to come; no rows; or
+                what is not finite.
+        """
+        ...
+
+
 def verbs_of(system: type) -> Sequence[str]:
     """The names of the verbs that a class implements."""
     names = {
@@ -473,6 +556,8 @@ def verbs_of(system: type) -> Sequence[str]:
         "act": "act",
         "sound": "sound",
         "draw": "draw",
+        "film": "film",
+        "imagine": "imagine",
         "transcribe_stream": "transcribe",
     }
     return [verb for method, verb in names.items() if getattr(system, method, None) is not None]

@@ -27,7 +27,7 @@ def next_token_loss(
     hidden: Float[Tensor, "batch tokens dim"],
     labels: Int[Tensor, "batch tokens"],
     logits: Callable[[Tensor], Tensor],
-    weights: Float[Tensor, " batch"] | None = None,
+    weights: Float[Tensor, "batch *places"] | None = None,
     *,
     z_loss: float = 0.0,
 ) -> Loss:
@@ -40,12 +40,12 @@ def next_token_loss(
         hidden: vectors after the last norm.
         labels: ids, `IGNORE` where nothing is learned; not shifted: ``labels[i]`` is the token at place ``i``.
         logits: the output layer.
-        weights: how much each label of a row counts, instead of one.
+        weights: how much each label counts, or each label of a row, instead of one.
         z_loss: so much of the squared logarithm of the softmax's divisor is added: logits do not drift (PaLM).
     """
     keep = labels[:, 1:] != IGNORE
-    counted = hidden.new_ones(len(labels)) if weights is None else weights
-    counted = counted.float()[:, None].expand(keep.shape)[keep]
+    counted = hidden.new_ones(1, 1) if weights is None else weights.reshape(len(labels), -1)
+    counted = counted.float().expand(labels.shape)[:, 1:][keep]
     total = hidden.sum() * 0.0  # a batch without a label still has a gradient
     right = torch.zeros((), device=hidden.device)
 

@@ -1,8 +1,9 @@
-"""Pictures that were made by a model: how they were made, and a mark that they were, in the file's metadata.
+"""Pictures and films that were made by a model: how they were made, and a mark that they were, in the file's metadata.
 
 A PNG gets the settings as JSON in a text chunk of its own, and an XMP packet with IPTC's *digital source type*, which
-other programs and sites look for. ``docs/drawing.md`` says what this protects against and what not. Source: IPTC Photo
-Metadata Standard 2025.1; NewsCodes "Digital Source Type"; XMP part 3 for where a PNG keeps its packet.
+other programs and sites look for; an mp4 gets both in boxes of their own, and a comment that players show.
+``docs/drawing.md`` says what this protects against and what not. Source: IPTC Photo Metadata Standard 2025.1;
+NewsCodes "Digital Source Type"; XMP part 3 for where files keep their packet.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 from xml.sax.saxutils import quoteattr
 
-from jaxtyping import Float
+import numpy as np
+from jaxtyping import Float, UInt8
 from PIL import Image as PILImage
 from PIL import PngImagePlugin
 from torch import Tensor
@@ -22,12 +24,16 @@ from torch import Tensor
 from polymodal.core.errors import MediaError
 from polymodal.core.files import atomic_path
 from polymodal.core.sample import Image
+from polymodal.modalities.film import box, boxes, film
 from polymodal.modalities.image import open_picture
 
 SOURCES: Final = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 GENERATED: Final = SOURCES + "trainedAlgorithmicMedia"
 COMPOSITE: Final = SOURCES + "compositeWithTrainedAlgorithmicMedia"  # parts of it, or what it began as, were not made
 SETTINGS: Final = "polymodal"  # the text chunk of the settings
+_SETTINGS_BOX: Final = b"polymodal.made.1"  # of an mp4; its name is no UUID that anybody else will draw
+_XMP_BOX: Final = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
+_FINE: Final = 12  # of H.264
 _XMP: Final = "XML:com.adobe.xmp"
 _PACKET: Final = """\
 <?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
@@ -69,24 +75,54 @@ def write_generated(
         version: of this package.
         composite: whether it was made of another picture.
     """
-    tool = f"Polymodal {version}"
-    packet = _PACKET.format(
-        source=_attribute(COMPOSITE if composite else GENERATED), system=_attribute(system),
-        version=_attribute(tool), prompt=_attribute(prompt), tool=_attribute(tool),
-    )  # fmt: skip
     chunks = PngImagePlugin.PngInfo()
-    chunks.add_text("Software", tool)
+    chunks.add_text("Software", _tool(version))
     chunks.add_text(SETTINGS, json.dumps(settings))  # ASCII, whatever a prompt holds
-    chunks.add_itxt(_XMP, packet)
+    chunks.add_itxt(_XMP, _packet(prompt=prompt, system=system, version=version, composite=composite))
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         picture.save(file, format="PNG", pnginfo=chunks)
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """How a picture was made.
+def write_generated_film(
+    path: str | Path,
+    frames: UInt8[np.ndarray, "time height width 3"],
+    fps: int,
+    settings: Mapping[str, Any],
+    *,
+    prompt: str,
+    system: str,
+    version: str,
+    composite: bool = False,
+) -> None:
+    """Writes an mp4 with its settings and the mark, whole or not at all; arguments as of `write_generated`.
 
     Raises:
-        MediaError: it is no picture, or says nothing of how it was made: another program wrote it, or took that out.
+        MissingDependency: PyAV is not installed.
+        MediaError: it would have no frames.
+    """
+    packet = _packet(prompt=prompt, system=system, version=version, composite=composite)
+    tail = box(_XMP_BOX, packet.encode()) + box(_SETTINGS_BOX, json.dumps(settings).encode())
+    with film(path, fps, crf=_FINE, comment=f"made by a model ({_tool(version)})", tail=tail) as out:
+        for frame in frames:
+            out.add(PILImage.fromarray(frame))
+
+
+def _tool(version: str) -> str:
+    return f"Polymodal {version}"
+
+
+def _packet(*, prompt: str, system: str, version: str, composite: bool) -> str:
+    return _PACKET.format(
+        source=_attribute(COMPOSITE if composite else GENERATED), system=_attribute(system),
+        version=_attribute(_tool(version)), prompt=_attribute(prompt), tool=_attribute(_tool(version)),
+    )  # fmt: skip
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """How a picture or a film was made.
+
+    Raises:
+        MediaError: it is neither, or says nothing of how it was made: another program wrote it, or took that out.
     """
     text = _text(path).get(SETTINGS)
     if text is None:
@@ -101,17 +137,20 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def source_type(path: str | Path) -> str | None:
-    """IPTC's digital source type that a PNG declares, by whatever program; None where it declares none.
+    """IPTC's digital source type that a PNG or an mp4 declares, by whatever program; None where it declares none.
 
     Raises:
-        MediaError: it is no picture.
+        MediaError: it is no picture and no mp4.
     """
     found = re.search(rf"{re.escape(SOURCES)}([A-Za-z]{{1,64}})", _text(path).get(_XMP, ""))
     return None if found is None else found.group(1)
 
 
 def _text(path: str | Path) -> dict[str, str]:
-    """The text chunks of a PNG."""
+    """The text chunks of a PNG, or what stands in their place in an mp4."""
+    if (held := boxes(path)) is not None:
+        names = {_XMP_BOX: _XMP, _SETTINGS_BOX: SETTINGS}
+        return {names[name]: content.decode(errors="replace") for name, content in held.items() if name in names}
     opened = open_picture(Image(Path(path)))
     if not isinstance(opened, PngImagePlugin.PngImageFile):
         return {}

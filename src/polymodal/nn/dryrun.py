@@ -171,7 +171,8 @@ class DryRun(TorchDispatchMode):
         if given:
             dry = any(isinstance(t, FakeTensor) for t in given)
         else:  # a new tensor; numbers that are drawn or counted off may become places, so they are real
-            dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            filled = func.overloadpacket is torch.ops.aten.full and isinstance(args[1], int)
+            dtype = kwargs.get("dtype") or (torch.int64 if filled else torch.get_default_dtype())
             drawn = torch.Tag.nondeterministic_seeded in func.tags
             dry = dtype.is_floating_point and not drawn and func.overloadpacket is not torch.ops.aten.arange
         if dry and func.overloadpacket in _INDEXED:  # how many places a mask has is known here only

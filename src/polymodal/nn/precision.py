@@ -12,7 +12,7 @@ from polymodal.core.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16"]
 M = TypeVar("M", bound=nn.Module)
-_Conv = nn.Conv1d | nn.ConvTranspose1d | nn.Conv2d
+_Conv = nn.Conv1d | nn.ConvTranspose1d | nn.Conv2d | nn.Conv3d
 
 
 class FullPrecision(nn.Module):

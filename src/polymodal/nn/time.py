@@ -41,10 +41,10 @@ def step_waves(t: Shaped[Tensor, " batch"], dim: int, *, gap: int = 0) -> Float[
 class Embedder(nn.Module):
     """A vector for the residual stream's condition: two linear layers with a SiLU between them."""
 
-    def __init__(self, in_dim: int, dim: int) -> None:
+    def __init__(self, in_dim: int, dim: int, out: int | None = None) -> None:
         super().__init__()
         self.up_proj = nn.Linear(in_dim, dim)
-        self.down_proj = nn.Linear(dim, dim)
+        self.down_proj = nn.Linear(dim, out or dim)
 
-    def forward(self, x: Float[Tensor, "*batch in_dim"]) -> Float[Tensor, "*batch dim"]:
+    def forward(self, x: Float[Tensor, "*batch in_dim"]) -> Float[Tensor, "*batch out"]:
         return self.down_proj(F.silu(self.up_proj(x)))

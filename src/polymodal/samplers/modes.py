@@ -1,119 +1,188 @@
-"""Text and pictures written by one loop: which tokens may come next where pictures are runs of code tokens.
+"""Text, pictures and sound written by one loop, where media are runs of code tokens.
 
-A picture is a begin token, exactly so many codes, an end token. A constraint for `autoregressive.Settings`.
+A span of a medium is a begin token, whole rounds of codes, an end token. `Interleaved` says which tokens may come next:
+a constraint for `autoregressive.Settings`. `events` takes apart what was written, as it comes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from polymodal.core.errors import ConfigError
+from polymodal.core.errors import ConfigError, MediaError
+from polymodal.core.events import Event, Kind
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureTokens:
-    """How a model writes pictures.
+class Mode:
+    """How spans of one kind are written.
 
     Attributes:
+        kind: what they are.
         begin, end: stand around the codes.
-        codes: the token of each code.
-        count: codes of a picture.
+        books: the token of each code, for each of the books that take turns.
+        rounds: how often each book has its turn in a span; None: any number of times, at least once.
     """
 
+    kind: Kind
     begin: int
     end: int
-    codes: tuple[int, ...]
-    count: int
+    books: tuple[tuple[int, ...], ...]
+    rounds: int | None = None
 
     @property
-    def length(self) -> int:
-        """Tokens of a picture, its frame included."""
-        return self.count + 2
+    def shortest(self) -> int:
+        """Tokens of the shortest span, its frame included."""
+        return 2 + len(self.books) * (self.rounds or 1)
+
+    @cached_property
+    def places(self) -> tuple[dict[int, int], ...]:
+        """The code of each token, book by book."""
+        return tuple({token: code for code, token in enumerate(book)} for book in self.books)
+
+    def codes(self, tokens: Sequence[int]) -> Int[Tensor, "books rounds"]:
+        """The codes that whole rounds of tokens stand for."""
+        turns = len(self.books)
+        return torch.tensor([self.places[i % turns][token] for i, token in enumerate(tokens)]).view(-1, turns).t()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interleaved:
-    """Text in which there may be whole pictures.
+    """Text in which there may be whole spans of other kinds.
 
     Attributes:
-        tokens: how pictures are written.
+        modes: how those are written.
         vocab_size: how many scores the model gives.
-        room: tokens of an answer (``max_new_tokens``): a picture that would not fit is not begun.
-        most: pictures of an answer; 0 is text alone, None any number.
-        only: an answer is ``most`` pictures, and nothing else.
+        room: tokens of an answer (``max_new_tokens``): a span that would not fit is not begun, one of any length ends
+            in time.
+        most: spans of a kind in an answer; any number of those that it does not name.
+        only: an answer is one span of this kind, and nothing else.
         never: tokens that are not written (placeholders, which the vocabulary may lack).
 
     Raises:
-        ConfigError: the pictures do not fit.
+        ConfigError: the one span does not fit.
     """
 
-    tokens: PictureTokens
+    modes: tuple[Mode, ...]
     vocab_size: int
     room: int
-    most: int | None = None
-    only: bool = False
+    most: Mapping[Kind, int] = field(default_factory=dict)
+    only: Kind | None = None
     never: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.only and (not self.most or self.most * self.tokens.length > self.room):
-            raise ConfigError(
-                f"{self.most} pictures of {self.tokens.length} tokens each, and {self.room} tokens to write them"
-            )
+        for mode in self.modes:
+            if mode.kind == self.only and mode.shortest > self.room:
+                raise ConfigError(f"{self.room} tokens to write {mode.kind}, which takes {mode.shortest} at least")
 
     def start(self) -> ModeGuide:
         return ModeGuide(self)
 
 
 class ModeGuide:
-    """Where an answer stands: in text, or so many tokens into a picture."""
+    """Where an answer stands: in text, or so many codes into a span."""
 
     def __init__(self, rules: Interleaved) -> None:
-        self._rules, self._written, self._pictures = rules, 0, 0
-        self._inside: int | None = None  # codes of the picture that is being written
-        t = rules.tokens
-        self._codes = self._mask([*t.codes])
-        self._text = ~(self._codes | self._mask([t.end, t.begin, *(i for i in rules.never if i < rules.vocab_size)]))
+        self._rules, self._written, self._inside = rules, 0, 0
+        self._mode: Mode | None = None  # of the span that is being written
+        self._begun: dict[Kind, int] = {mode.kind: 0 for mode in rules.modes}
+        self._codes = {mode.kind: [self._mask(book) for book in mode.books] for mode in rules.modes}
+        self._text = ~self._mask([token for token in rules.never if token < rules.vocab_size])
+        for mode in rules.modes:
+            self._text &= ~torch.stack([self._mask([mode.begin, mode.end]), *self._codes[mode.kind]]).any(0)
 
-    def _mask(self, ids: list[int]) -> Bool[Tensor, " vocab"]:
+    def _mask(self, ids: Sequence[int]) -> Bool[Tensor, " vocab"]:
         mask = torch.zeros(self._rules.vocab_size, dtype=torch.bool)
-        mask[ids] = True
+        mask[list(ids)] = True
         return mask
 
-    @property
-    def _may_begin(self) -> bool:
-        r = self._rules
-        return (r.most is None or self._pictures < r.most) and self._written + r.tokens.length <= r.room
+    def _may_begin(self, mode: Mode) -> bool:
+        r, begun = self._rules, self._begun[mode.kind]
+        if r.only is not None:
+            return mode.kind == r.only and not begun
+        return begun < r.most.get(mode.kind, begun + 1) and self._written + mode.shortest <= r.room
 
     def allowed(self) -> Bool[Tensor, " vocab"]:
-        """In a picture a code, or its end when it has all; in text what is no part of a picture, or a begin."""
-        r, t = self._rules, self._rules.tokens
-        if self._inside is not None:
-            return self._codes if self._inside < t.count else self._mask([t.end])
-        if r.only:
-            return self._mask([t.begin])
-        return self._text | self._mask([t.begin]) if self._may_begin else self._text
+        """In a span the next code, or its end where it may end; outside what is text, or a begin."""
+        r, mode = self._rules, self._mode
+        if mode is None:
+            begin = self._mask([m.begin for m in r.modes if self._may_begin(m)])
+            return begin if r.only is not None else self._text | begin
+        rounds, turn = divmod(self._inside, len(mode.books))
+        codes, end = self._codes[mode.kind][turn], self._mask([mode.end])
+        if mode.rounds is not None:
+            return end if rounds == mode.rounds else codes
+        if turn or not rounds:
+            return codes
+        return codes | end if self._written + len(mode.books) < r.room else end
 
     def take(self, token: int) -> None:
-        t, self._written = self._rules.tokens, self._written + 1
-        if self._inside is None:
-            self._inside = 0 if token == t.begin else None
-        elif token == t.end:
-            self._inside, self._pictures = None, self._pictures + 1
+        self._written += 1
+        if self._mode is None:
+            self._mode, self._inside = next((m for m in self._rules.modes if m.begin == token), None), 0
+            if self._mode is not None:
+                self._begun[self._mode.kind] += 1
+        elif token == self._mode.end:
+            self._mode = None
         else:
             self._inside += 1
 
     @property
     def ended(self) -> bool:
-        return self._rules.only and self._pictures == self._rules.most
+        only = self._rules.only
+        return only is not None and self._mode is None and self._begun[only] == 1
 
     def copy(self) -> ModeGuide:
         other = ModeGuide.__new__(ModeGuide)
-        other.__dict__.update(self.__dict__)
+        other.__dict__.update(self.__dict__, _begun=dict(self._begun))
         return other
+
+
+def events(tokens: Iterable[int], modes: Sequence[Mode]) -> Iterator[Event[tuple[int, ...]]]:
+    """What tokens are, as soon as it is known: text one by one, spans of a fixed length whole, others round by round.
+
+    Payloads are tokens, without those that begin and end spans: nothing else is left out, so they say it all.
+
+    Args:
+        tokens: of one answer, without the one that ends it.
+        modes: how spans are written; every token that begins none is text.
+
+    Raises:
+        MediaError: a span is not written as its mode says, or is cut.
+    """
+    begins = {mode.begin: mode for mode in modes}
+    mode: Mode | None = None
+    index, texts, given, held = 0, 0, 0, list[int]()
+    for token in tokens:
+        if mode is None and token not in begins:
+            texts += 1
+            yield Event(kind="text", index=index, payload=(token,))
+        elif mode is None:
+            if texts:
+                yield Event(kind="text", index=index, payload=(), done=True)
+                index += 1
+            mode, texts, given = begins[token], 0, 0
+        elif token == mode.end and given and not held:
+            if mode.rounds is None:
+                yield Event(kind=mode.kind, index=index, payload=(), done=True)
+            mode, index = None, index + 1
+        else:
+            whole = given and mode.rounds is not None
+            if whole or token not in mode.places[len(held) % len(mode.books)]:
+                raise MediaError(f"token {token} in a span of {mode.kind}, behind {len(held) + given} of its codes")
+            held.append(token)
+            if len(held) == len(mode.books) * (mode.rounds or 1):
+                yield Event(kind=mode.kind, index=index, payload=tuple(held), done=mode.rounds is not None)
+                given, held = given + len(held), []
+    if mode is not None:
+        raise MediaError(f"a span of {mode.kind} is cut behind {len(held) + given} of its codes")
+    if texts:
+        yield Event(kind="text", index=index, payload=(), done=True)
 
 
 class Wordless:

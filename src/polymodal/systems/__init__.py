@@ -270,14 +270,35 @@ TABLE = Registry(
             url="https://arxiv.org/abs/2206.10789", modalities=("text", "image"),
         ),
         Entry(
+            name="omni", module="polymodal.systems.omni", cls="Omni", model_types=("polymodal_omni",), year=2024,
+            paper="GPT-4o System Card (in the style of GPT-4o)", url="https://arxiv.org/abs/2410.21276",
+            modalities=("text", "image", "audio"),
+        ),
+        Entry(
             name="cosmos_tokenizer", module="polymodal.systems.cosmos_tokenizer", cls="CosmosTokenizer",
             model_types=("AutoencoderKLCosmos",), year=2025, url="https://arxiv.org/abs/2501.03575",
             paper="Cosmos World Foundation Model Platform for Physical AI", modalities=("image", "video"),
         ),
         Entry(
+            name="stable_video", module="polymodal.systems.stable_video", cls="StableVideo", year=2023,
+            model_types=("StableVideoDiffusionPipeline",), url="https://arxiv.org/abs/2311.15127",
+            paper="Stable Video Diffusion: Scaling Latent Video Diffusion Models to Large Datasets",
+            modalities=("image", "video"),
+        ),
+        Entry(
             name="sora", module="polymodal.systems.sora", cls="Sora", model_types=("sora",), year=2024,
             paper="Video generation models as world simulators (in the style of Sora)",
             url="https://openai.com/research/video-generation-models-as-world-simulators", modalities=("text", "video"),
+        ),
+        Entry(
+            name="diamond", module="polymodal.systems.diamond", cls="Diamond", model_types=("polymodal_diamond",),
+            paper="Diffusion for World Modeling: Visual Details Matter in Atari", year=2024,
+            url="https://arxiv.org/abs/2405.12399", modalities=("video", "action"),
+        ),
+        Entry(
+            name="iris", module="polymodal.systems.iris", cls="Iris", model_types=("polymodal_iris",),
+            paper="Transformers are Sample-Efficient World Models", year=2022,
+            url="https://arxiv.org/abs/2209.00588", modalities=("video", "action"),
         ),
     ),
 )  # fmt: skip

@@ -29,11 +29,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
+from polymodal.core.errors import ConfigError, UnsupportedError
 from polymodal.core.verbs import TensorSpec
-from polymodal.nn.conv3d import CausalConv3d
 from polymodal.systems.picture_codec import PictureCodec
-from polymodal.tokenizers.cosmos import CosmosNetConfig, FilmDecoder, FilmEncoder
+from polymodal.tokenizers.cosmos import CosmosNetConfig, FilmAutoencoder
 from polymodal.tokenizers.fsq import CosmosCodes
 from polymodal.tokenizers.pyramid import init_convolutions_
 from polymodal.weights.fields import LARGEST, MOST_LAYERS, Fields
@@ -78,11 +77,8 @@ class CosmosTokenizer(PictureCodec):
         super().__init__(config)
         net = config.net
         inside = net.latent_dim if config.codes is None else config.codes.dim
-        self.encoder = FilmEncoder(net)
-        self.quant_conv = CausalConv3d(net.latent_dim, inside)
+        self.net = FilmAutoencoder(net, inside)
         self.quantizer = None if config.codes is None else config.codes.build()
-        self.post_quant_conv = CausalConv3d(inside, net.latent_dim)
-        self.decoder = FilmDecoder(net)
         self.factor = net.space
 
     @property
@@ -100,7 +96,7 @@ class CosmosTokenizer(PictureCodec):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        weight = self.decoder.last.time.weight
+        weight = self.net.decoder.last.time.weight
         assert isinstance(weight, nn.Parameter)
         return weight
 
@@ -109,17 +105,11 @@ class CosmosTokenizer(PictureCodec):
     def check(self, pixels: Float[Tensor, "batch channels *size"]) -> None:
         """As of pictures; films have one frame and a multiple of what a latent frame stands for."""
         super().check(pixels)
-        count = pixels.shape[2] if pixels.ndim == 5 else 1
-        if (count - 1) % self.config.net.time:
-            raise MediaError(
-                f"a film of {count} frames: {type(self).__name__} reads one frame and a multiple of "
-                f"{self.config.net.time} more; take {1 + (count - 1) // self.config.net.time * self.config.net.time}"
-            )
+        self.grid(pixels.shape[2] if pixels.ndim == 5 else 1, *pixels.shape[-2:])
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Latent frames, rows and columns of a film: the one count that everybody uses."""
-        net = self.config.net
-        return 1 + (frames - 1) // net.time, height // net.space, width // net.space
+        return self.net.grid(frames, height, width)
 
     # -- latents
 
@@ -127,13 +117,13 @@ class CosmosTokenizer(PictureCodec):
         """Latents (of a discrete tokenizer: before they are rounded) of films or pictures in [-1, 1]."""
         self.check(pixels)
         film = pixels if pixels.ndim == 5 else pixels[:, :, None]
-        latents = self.quant_conv(self.encoder(film))
+        latents = self.net.encode(film)
         return latents if pixels.ndim == 5 else latents[:, :, 0]
 
     def paint(self, latents: Float[Tensor, "batch dim *grid"]) -> Float[Tensor, "batch channels *size"]:
         """Films or pictures of latents (of a discrete tokenizer: of rounded ones)."""
         film = latents if latents.ndim == 5 else latents[:, :, None]
-        pixels = self.decoder(self.post_quant_conv(film))
+        pixels = self.net.decode(film)
         return pixels if latents.ndim == 5 else pixels[:, :, 0]
 
     def autoencode(
@@ -247,19 +237,20 @@ def _attention(theirs: str, ours: str) -> list[Rule]:
 
 
 def rules_hf(c: CosmosTokenizerConfig) -> list[Rule]:
-    rules = [rule(f"{n}.{{p}}", f"{n}.{{p}}") for n in ("quant_conv", "post_quant_conv")]
+    rules = [rule(f"{n}.{{p}}", f"net.{n}.{{p}}") for n in ("quant_conv", "post_quant_conv")]
     halves = (
         ("encoder", "down", "downsamplers", ("space", "time", "mix")),
         ("decoder", "up", "upsamplers", ("time", "space", "mix")),
     )
     for part, way, resample, order in halves:
+        whole = f"net.{part}"
         for a, b in _FACTORS.items():
-            rules += renames(part, part, {f"conv_in.{a}": f"first.{b}", f"conv_out.{a}": f"last.{b}"})
-        rules.append(rule(f"{part}.norm_out.norm.{{p}}", f"{part}.norm.{{p}}"))
-        rules += _block(f"{part}.mid_block.resnets.{{j}}", f"{part}.middle.blocks.{{j}}")
-        rules += _attention(f"{part}.mid_block.attentions.0", f"{part}.middle.attn")
-        rules += _attention(f"{part}.mid_block.temp_attentions.0", f"{part}.middle.time_attn")
-        level, ours = f"{part}.{way}_blocks.{{i}}", f"{part}.levels.{{i}}"
+            rules += renames(part, whole, {f"conv_in.{a}": f"first.{b}", f"conv_out.{a}": f"last.{b}"})
+        rules.append(rule(f"{part}.norm_out.norm.{{p}}", f"{whole}.norm.{{p}}"))
+        rules += _block(f"{part}.mid_block.resnets.{{j}}", f"{whole}.middle.blocks.{{j}}")
+        rules += _attention(f"{part}.mid_block.attentions.0", f"{whole}.middle.attn")
+        rules += _attention(f"{part}.mid_block.temp_attentions.0", f"{whole}.middle.time_attn")
+        level, ours = f"{part}.{way}_blocks.{{i}}", f"{whole}.levels.{{i}}"
         rules += _block(f"{level}.resnets.{{j}}", f"{ours}.blocks.{{j}}")
         rules += _attention(f"{level}.attentions.{{j}}", f"{ours}.attns.{{j}}")
         rules += _attention(f"{level}.temp_attentions.{{j}}", f"{ours}.time_attns.{{j}}")

@@ -112,7 +112,6 @@ class TextPainter(UNetPainter):
         empty = empty_ids(self.tokenizer, self.text)
         return Batch(batch, ids=torch.where(rows[:, None], empty[: ids.shape[1]].to(ids.device), ids))
 
-    @torch.no_grad()
     def condition(self, batch: Batch) -> Condition:
         return Batch(context=self.text(batch["ids"]).last)
 

@@ -219,13 +219,11 @@ class MusicGen(System):
     def sound(
         self, text: str, sounding: Sounding, *, voice: Voice | None = None
     ) -> Iterator[Float[Tensor, "channels samples"]]:
-        """Music; blocks come while later codes are to be chosen. Each resolution of the codec looks ahead a bit."""
+        """Music; blocks come while later codes are to be chosen."""
         if voice is not None:
             raise UnsupportedError("MusicGen makes music: it speaks with nobody's voice")
-        seanet = self.config.codec.seanet
-        ahead = 0 if seanet.causal else seanet.kernel_size // 2 + 2 * len(seanet.ratios) + 1
         frames = (frame for _, frame in generate(self, self.prompt([text]), self.drawing(sounding)))
-        return sounded(frames, self.reconstruct, first=self.sample_rate // self.hop, ahead=ahead)
+        return sounded(frames, self.reconstruct, first=self.sample_rate // self.hop, ahead=self.codec.ahead)
 
     def load_processors(self, folder: Path) -> None:
         if (folder / "tokenizer.json").is_file():

@@ -103,3 +103,37 @@ def write_diffusion(d: Diffusion) -> tuple[str, dict[str, Any]]:
     if isinstance(d.solver, DDPM):
         raw["variance_type"] = f"fixed_{d.solver.variance}"
     return name, raw
+
+
+def read_karras(f: Fields) -> tuple[float, float]:
+    """The largest and the smallest deviation of noise that a scheduler takes in Karras et al.'s way, with continuous
+    times and the velocity as the prediction."""
+    f.require("use_karras_sigmas", True)
+    f.require("timestep_type", "continuous")
+    f.require("prediction_type", "v_prediction")
+    for name in ("use_karras_sigmas", "timestep_type", "prediction_type"):
+        if name not in f:
+            f.problems.append(f"scheduler: {name} is missing, and its default is not supported")
+    for name in ("use_exponential_sigmas", "use_beta_sigmas", "rescale_betas_zero_snr"):
+        f.require(name, False, None)
+    f.require("final_sigmas_type", "zero")
+    f.ignore(
+        "of schedules that go by steps", "beta_start", "beta_end", "beta_schedule", "num_train_timesteps",
+        "trained_betas", "steps_offset", "timestep_spacing", "interpolation_type", "clip_sample", "set_alpha_to_one",
+        "skip_prk_steps",
+    )  # fmt: skip
+    most, least = f.take("sigma_max", float), f.take("sigma_min", float)
+    if not 0 < least < most:
+        f.problems.append(f"scheduler: deviations from sigma_max {most} to sigma_min {least}")
+        return 2.0, 1.0
+    return most, least
+
+
+def write_karras(most: float, least: float) -> dict[str, Any]:
+    """The entry that `read_karras` reads."""
+    raw = {
+        "sigma_max": most, "sigma_min": least, "use_karras_sigmas": True, "timestep_type": "continuous",
+        "prediction_type": "v_prediction", "timestep_spacing": "leading", "steps_offset": 1, "beta_start": 0.00085,
+        "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    }  # fmt: skip
+    return diffusers_part("EulerDiscreteScheduler", raw)

@@ -138,7 +138,6 @@ class SD3(FlowPainter):
         """CLIP's, whose towers are side by side, and T5's, for which zeros may stand."""
         return self.config.clip.tower.context + self.config.t5_tokens
 
-    @torch.no_grad()
     def condition(self, batch: Batch) -> Condition:
         """The three encoders' tokens and vectors; zeros for those not ``heard`` (batch 3: L, G, T5)."""
         first, second, words = self.clip(batch["ids"]), self.clip_large(batch["large_ids"]), self.words(batch)

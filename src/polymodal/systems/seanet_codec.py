@@ -90,6 +90,12 @@ class SEANetCodec(FullPrecision):
         )  # fmt: skip
         self.decoder = SEANetDecoder(config.seanet)
 
+    @property
+    def ahead(self) -> int:
+        """So many later frames may still change the sound of a frame: each resolution looks ahead a bit."""
+        seanet = self.config.seanet
+        return 0 if seanet.causal else seanet.kernel_size // 2 + 2 * len(seanet.ratios) + 1
+
     def scale(self, wave: Float[Tensor, "batch channels samples"]) -> Float[Tensor, "batch 1 1"] | None:
         """The loudness (root mean square of the mean of the channels), if the codec normalises."""
         if not self.config.normalize:

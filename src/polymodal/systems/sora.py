@@ -4,11 +4,12 @@ Paper: Brooks et al., "Video generation models as world simulators", OpenAI 2024
 https://openai.com/research/video-generation-models-as-world-simulators: a report, without sizes, weights or code. Built
 from what it says, with the parts of Stable Diffusion 3 and FLUX.
 
-    clip -> latents of a causal autoencoder: the first frame alone, then one latent for every four frames
+    clip -> a causal autoencoder (frozen): latents of the first frame alone, then of every four frames -> scaled
     -> patches of 1 x 2 x 2 latents, turned by (time, row, column) --+
     text -> T5 (frozen) -> tokens ----------------------------------joint attention, within a clip alone
                         -> their mean --+                             |
     time of each clip -> waves ---------+-> scales, shifts, gates -> the velocity towards noise of each patch
+    latents -> the autoencoder's decoder -> clip
 
 What the report says and is kept: a Transformer over spacetime patches of latents compressed in time and in space;
 clips have their own length, size and shape, and a picture is a clip of one frame, so that one model is trained on both;
@@ -16,15 +17,17 @@ what is drawn gets its size from the grid of noise that it begins with; denoisin
 of several sizes share a row, and each gets the same numbers as alone.
 
 Deviations: everything that the report leaves open. The loss is that of a rectified flow, each clip with a time of its
-own; positions are rotary, so that no table limits them; the text is read by T5. It starts from latents: the causal
-autoencoder is not part of it. Re-captioning is the data's.
+own, one text in ten says nothing, so that there is guidance; positions are rotary, so that no table limits them; the
+text is read by T5. The autoencoder is that of the Cosmos tokenizer, which is trained alone (`systems.cosmos_tokenizer`)
+and put in by `adopt`. Re-captioning is the data's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import final
 
 import torch
@@ -35,19 +38,25 @@ from torch import Tensor
 from polymodal.backbones.encdec import EncDecConfig, TextEncoder, t5_init_
 from polymodal.backbones.mmdit import MMDiT, MMDiTConfig
 from polymodal.core.batch import Batch, Loss
-from polymodal.core.errors import ConfigError, MediaError
-from polymodal.core.packing import first_fit
+from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
+from polymodal.core.filming import SettledFilm
 from polymodal.core.verbs import TensorSpec
 from polymodal.heads.action import masked
 from polymodal.heads.flow import LogitNormal
 from polymodal.nn.norm import RMS
 from polymodal.nn.rope import AxialRope
+from polymodal.nn.spacetime import NOBODY, pack_clips, patched, unpatched
 from polymodal.samplers.flow import Flow
-from polymodal.systems.base import System
+from polymodal.samplers.guidance import Dice
+from polymodal.systems.filming import FilmMaker
 from polymodal.systems.flow_files import t5_xxl
+from polymodal.systems.flow_painter import T5_END
+from polymodal.tokenizers.cosmos import CosmosNetConfig, FilmAutoencoder
+from polymodal.tokenizers.language import LanguageTokenizer
+from polymodal.tokenizers.pyramid import init_convolutions_
 from polymodal.weights.native import native_format
 
-NOBODY = -1  # whose padding is
+DROPPED = 0.1  # of the texts in training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,41 +65,60 @@ class SoraConfig:
 
     Attributes:
         text: a T5, of which the encoder is used.
-        latent_dim: channels of a latent.
-        every: frames that share a latent, but for the first one, which has its own.
+        vae: the autoencoder of clips.
+        scale: what its latents are multiplied by, so that they have a deviation of about one.
+        text_tokens: no text has more.
+        side: of a clip's square, in pixels, and
+        frames: of a clip, where nothing else is asked for.
     """
 
     text: EncDecConfig
     backbone: MMDiTConfig
-    latent_dim: int = 16
+    vae: CosmosNetConfig
+    scale: float = 1.0
     size: int = 2
-    every: int = 4
+    text_tokens: int = 256
+    side: int = 256
+    frames: int = 17
 
     def __post_init__(self) -> None:
         c = self.backbone
-        if not c.values == c.out_values == self.latent_dim * self.size**2:
-            raise ConfigError(f"patches of {c.values} values, not of {self.latent_dim} x {self.size} x {self.size}")
+        if not c.values == c.out_values == self.vae.latent_dim * self.size**2:
+            raise ConfigError(f"patches of {c.values} values, not of {self.vae.latent_dim} x {self.size} x {self.size}")
         if not isinstance(c.position, AxialRope) or len(c.position.dims) != 3 or c.guidance or c.extra_attention:
             raise ConfigError("places are turned by time, row and column; and all attention is joint")
         if not c.context_dim == c.pooled_dim == self.text.dim:
             raise ConfigError(f"a T5 of {self.text.dim} dimensions for a context of {c.context_dim}")
+        if self.scale <= 0:
+            raise ConfigError(f"latents are multiplied by a positive number, not {self.scale}")
 
 
 @final
-class Sora(System):
+class Sora(FilmMaker):
     """A flow over spacetime patches, told by a text."""
 
     config: SoraConfig
+    steps, guidance = 50, 5.0
+    tokenizer: LanguageTokenizer | None = None  # type: ignore[assignment]
+    sampling = Flow(spacing="even")
 
     def __init__(self, config: SoraConfig) -> None:
         super().__init__(config)
         self.text = TextEncoder(config.text).requires_grad_(False)
         self.backbone = MMDiT(config.backbone)
+        self.vae = FilmAutoencoder(config.vae).requires_grad_(False)
+        self.size, self.frames = (config.side, config.side), config.frames
+        self.multiple = config.vae.space * config.size
 
     def init_weights(self) -> None:
-        """DiT's; the text encoder as its own paper draws it."""
+        """DiT's; the text encoder as its own paper draws it, the autoencoder by torch's own scheme."""
         t5_init_(self.text)
         self.backbone.init_weights()
+        init_convolutions_(self.vae)
+
+    def adopt(self, trained: FilmAutoencoder) -> None:
+        """Takes over the weights of an autoencoder (`CosmosTokenizer.net`) of the same config."""
+        self.vae.load_state_dict(trained.state_dict())
 
     def inputs_spec(self) -> dict[str, TensorSpec]:
         """Rows of two clips, as `pack` makes them."""
@@ -105,74 +133,55 @@ class Sora(System):
 
     # -- clips as tokens
 
-    def latent_frames(self, frames: int) -> int:
-        """Latents of so many frames.
+    def check_frames(self, frames: int) -> None:
+        try:
+            self.vae.grid(frames, *self.size)
+        except MediaError as error:  # of a film that there is; here it is a setting
+            raise ConfigError(str(error)) from None
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The texts' tokens, with T5's end.
 
         Raises:
-            MediaError: the last latent would not be whole.
+            UnsupportedError: there is no tokenizer.
+            MediaError: a text is longer than the model reads: nothing is cut.
         """
-        if frames < 1 or (frames - 1) % self.config.every:
-            every = self.config.every
-            raise MediaError(
-                f"{frames} frames; a causal autoencoder makes latents of 1, {1 + every}, {1 + 2 * every}, ..."
-            )
-        return 1 + (frames - 1) // self.config.every
+        if self.tokenizer is None:
+            raise UnsupportedError(f"{type(self).__name__} ({self.source}) reads no text: there is no tokenizer")
+        rows = [self.tokenizer.encode(text, special=True) for text in texts]
+        rows = [row if row[-1:] == [T5_END] else [*row, T5_END] for row in rows]
+        if (longest := max(map(len, rows))) > self.config.text_tokens:
+            raise MediaError(f"a text of {longest} tokens; this model reads at most {self.config.text_tokens}")
+        return rows
 
-    def tokens(self, latents: Float[Tensor, "channels time height width"]) -> tuple[Tensor, Tensor]:
-        """Spacetime patches (tokens values) of a clip, and the time, row and column (tokens 3) of each.
+    def encode_clip(self, pixels: Float[Tensor, "frames 3 height width"]) -> Float[Tensor, "channels time h w"]:
+        """Scaled latents of a clip in [-1, 1]."""
+        return self.vae.encode(rearrange(pixels, "t c h w -> 1 c t h w"))[0] * self.config.scale
 
-        Raises:
-            MediaError: the sides are no multiples of a patch.
-        """
-        size, (time, height, width) = self.config.size, latents.shape[1:]
-        if height % size or width % size or not latents.numel():
-            raise MediaError(f"latents of {time} x {height} x {width} do not divide into patches of {size} x {size}")
-        patches = rearrange(latents, "c t (h p) (w q) -> (t h w) (c p q)", p=size, q=size)
-        axes = [torch.arange(n, device=latents.device) for n in (time, height // size, width // size)]
-        return patches, torch.cartesian_prod(*axes).view(-1, 3)
-
-    def clip(
-        self, patches: Float[Tensor, "tokens values"], shape: tuple[int, int, int]
-    ) -> Float[Tensor, "channels time height width"]:
-        """The latents of these ``tokens``, of this time, height and width."""
-        size, (time, height, width) = self.config.size, shape
-        rows, columns = height // size, width // size
-        return rearrange(
-            patches, "(t h w) (c p q) -> c t (h p) (w q)", t=time, h=rows, w=columns, p=size, q=size
-        )  # fmt: skip
+    def decode_clip(self, latents: Float[Tensor, "channels time h w"]) -> Float[Tensor, "frames 3 height width"]:
+        """A clip of scaled latents."""
+        return rearrange(self.vae.decode(latents[None] / self.config.scale)[0], "c t h w -> t c h w")
 
     def pack(
-        self, clips: Sequence[Float[Tensor, "..."]], texts: Sequence[Sequence[int]],
-        capacity: int | None = None,
-    ) -> Batch:  # fmt: skip
-        """What `loss` reads of clips of any sizes and the ids of their texts, several in a row where there is room.
+        self, clips: Sequence[Float[Tensor, "..."]], texts: Sequence[Sequence[int]], capacity: int | None = None
+    ) -> Batch:
+        """What `loss` reads of scaled latents (channels time height width) of any sizes and the ids of their texts.
 
         Args:
-            clips: latents (channels time height width).
+            clips: several share a row where there is room.
             texts: of each, with T5's end; one that says nothing has that alone.
             capacity: patches of a row; those of the longest clip if not given. What is longer has a row of its own.
         """
-        assert len(clips) == len(texts) > 0, "each clip has a text"
-        each = [self.tokens(latents) for latents in clips]
-        lengths = [len(patches) for patches, _ in each]
-        rows = first_fit(lengths, capacity or max(lengths))
-        width, most, words = (
-            max(sum(lengths[i] for i in row) for row in rows), max(map(len, rows)), max(map(len, texts)),
-        )  # fmt: skip
-        patches = clips[0].new_zeros(len(rows), width, self.config.backbone.values)
-        position = torch.zeros(len(rows), width, 3, dtype=torch.int64)
-        owner = torch.full((len(rows), width), NOBODY)
-        ids = torch.full((len(rows), most, words), self.config.text.pad_id)
-        valid = torch.zeros(len(rows), most, words, dtype=torch.bool)
-        for row, numbers in enumerate(rows):
-            start = 0
-            for place, number in enumerate(numbers):
-                here = slice(start, start + lengths[number])
-                patches[row, here], position[row, here], owner[row, here] = *each[number], place
-                ids[row, place, : len(texts[number])] = torch.tensor(texts[number])
-                valid[row, place, : len(texts[number])] = True
-                start += lengths[number]
-        return Batch(patches=patches, position=position, clip=owner, ids=ids, valid=valid)
+        return pack_clips(
+            [patched(c, self.config.size) for c in clips], texts, capacity=capacity, pad_id=self.config.text.pad_id
+        )
+
+    def drop(self, batch: Batch, clips: Bool[Tensor, "rows clips"]) -> Batch:
+        """The batch with texts of these clips that say nothing."""
+        ids, valid = batch["ids"].clone(), batch["valid"].clone()
+        ids[clips], valid[clips] = self.config.text.pad_id, False
+        ids[..., 0][clips], valid[..., 0][clips] = T5_END, batch["valid"][..., 0][clips]
+        return Batch(batch, ids=ids, valid=valid)
 
     # -- the flow
 
@@ -207,6 +216,8 @@ class Sora(System):
 
     def loss(self, batch: Batch) -> Loss:
         """Squared error of the velocity; every value of a patch counts as much, padding nothing."""
+        if self.training:
+            batch = self.drop(batch, torch.rand(batch["ids"].shape[:2], device=batch["ids"].device) < DROPPED)
         x, clips = batch["patches"], batch["ids"].shape[:2]
         noise = batch["noise"] if "noise" in batch else torch.randn_like(x)
         when = batch["when"] if "when" in batch else LogitNormal().draw(clips.numel(), x.device).view(clips)
@@ -215,33 +226,64 @@ class Sora(System):
         return masked(error, kept)
 
     @torch.no_grad()
-    def imagine(
+    def sample(
         self,
         text: Sequence[int],
         shape: tuple[int, int, int],
         *,
         steps: int = 50,
         seed: int = 0,
-        sampling: Flow | None = None,
+        guidance: float = 1.0,
+        watch: Callable[[int, Tensor], None] | None = None,
     ) -> Float[Tensor, "channels time height width"]:
-        """Latents of a clip of any time, height and width (of latents): the size is that of the noise.
+        """Latents of a clip of any time, height and width (of latents), told by a text's ids: one moment is a picture.
 
-        Args:
-            text: its ids, with T5's end.
-            shape: one moment is a picture.
-            steps: of the solver.
-            seed: of the noise.
-            sampling: how times are spaced.
+        ``watch`` is given the number of steps done and the latents to expect.
         """
-        noise = torch.randn(self.config.latent_dim, *shape, generator=torch.Generator().manual_seed(seed))
-        batch = self.pack([noise], [text]).to(next(self.parameters()).device)
-        flow = sampling or Flow(spacing="even")
+        device = next(self.parameters()).device
+        noise = Dice([seed])((self.config.vae.latent_dim, *shape), device)[0]
+        end = [T5_END]
+        batch = self.pack([noise] * (1 if guidance == 1 else 2), [text, end][: 1 if guidance == 1 else 2], capacity=1)
+        batch = batch.to(device)
 
         def model(x: Tensor, when: Tensor) -> Tensor:
-            return self.velocity(x, when.view(-1, 1), batch)
+            if guidance == 1:
+                return self.velocity(x.to(self.dtype), when.view(-1, 1), batch).float()
+            both = torch.cat([x, x]).to(self.dtype)
+            wanted, against = self.velocity(both, when.expand(2).view(-1, 1), batch).float().chunk(2)
+            return against + guidance * (wanted - against)
 
-        x = batch["patches"]
-        return self.clip(flow.sample(model, x, flow.points(steps, x.shape[1]))[0], shape)
+        def tell(step: int, x: Tensor) -> None:
+            if watch is not None:
+                watch(step, unpatched(x[0], shape, self.config.size))
+
+        x = batch["patches"][:1]
+        made = self.sampling.sample(model, x, self.sampling.points(steps, x.shape[1]), watch=tell)
+        return unpatched(made[0], shape, self.config.size)
+
+    def made(
+        self,
+        prompt: str,
+        settled: SettledFilm,
+        image: Float[Tensor, "1 3 height width"] | None,
+        watch: Callable[[int, Callable[[], Tensor]], None],
+    ) -> Float[Tensor, "frames 3 height width"]:
+        s = settled
+        if image is not None:
+            raise UnsupportedError(f"{type(self).__name__} ({self.source}) begins with no picture: give it a text")
+        latents = self.sample(
+            self.ids([prompt])[0], self.vae.grid(s.frames, s.size[1], s.size[0]), steps=s.steps, seed=s.seed,
+            guidance=float(s.guidance), watch=lambda step, x: watch(step, lambda: self.decode_clip(x)),
+        )  # fmt: skip
+        return self.decode_clip(latents)
+
+    def load_processors(self, folder: Path) -> None:
+        if (folder / "tokenizer.json").is_file():
+            self.tokenizer = LanguageTokenizer.from_folder(folder)
+
+    def save_processors(self, folder: Path) -> None:
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
 
 
 Sora.formats = {"hf": native_format("sora", SoraConfig)}
@@ -255,7 +297,7 @@ def preset(dim: int, layers: int) -> SoraConfig:
         hidden_dim=4 * dim, context_dim=t5.dim, pooled_dim=t5.dim, position=AxialRope(dims=(32, 48, 48)),
         qk_norm=RMS(),
     )  # fmt: skip
-    return SoraConfig(text=t5, backbone=backbone)
+    return SoraConfig(text=t5, backbone=backbone, vae=CosmosNetConfig(time=4))
 
 
 PRESETS = {"sora-style-1b": partial(preset, 1536, 14)}

@@ -15,9 +15,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polymodal.core.errors import ConfigError
+from polymodal.core.errors import ConfigError, MediaError
 from polymodal.nn.attention import attend
 from polymodal.nn.conv3d import CausalConv3d, FactorisedConv3d, patches, unpatches
+from polymodal.nn.precision import FullPrecision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,3 +248,42 @@ class FilmDecoder(nn.Module):
         for level in self.levels:
             x = level(x)
         return unpatches(self.last(F.silu(self.norm(x))), self.config.patch_size)
+
+
+class FilmAutoencoder(FullPrecision):
+    """Encoder and decoder with what is between them, ``inside`` channels; nothing sees a later frame."""
+
+    def __init__(self, config: CosmosNetConfig, inside: int | None = None) -> None:
+        super().__init__()
+        c = self.config = config
+        self.encoder = FilmEncoder(c)
+        self.quant_conv = CausalConv3d(c.latent_dim, inside or c.latent_dim)
+        self.post_quant_conv = CausalConv3d(inside or c.latent_dim, c.latent_dim)
+        self.decoder = FilmDecoder(c)
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of a film: the one count that everybody uses.
+
+        Raises:
+            MediaError: nothing is padded or cut, and the film does not divide into latents.
+        """
+        c = self.config
+        if height % c.space or width % c.space or not height * width:
+            raise MediaError(
+                f"the sides of films are multiples of {c.space} pixels here, not {width} x {height}: resize or crop"
+            )
+        if frames < 1 or (frames - 1) % c.time:
+            near = max(1, 1 + (frames - 1) // c.time * c.time)
+            raise MediaError(
+                f"a film of {frames} frames; latents are made of 1, {1 + c.time}, {1 + 2 * c.time}, ...: take {near}"
+            )
+        return 1 + (frames - 1) // c.time, height // c.space, width // c.space
+
+    def encode(self, film: Float[Tensor, "batch channels frames height width"]) -> Float[Tensor, "batch dim t h w"]:
+        """Latents of films in [-1, 1]."""
+        self.grid(*film.shape[2:])
+        return self.quant_conv(self.encoder(film))
+
+    def decode(self, latents: Float[Tensor, "batch dim t h w"]) -> Float[Tensor, "batch channels frames height width"]:
+        """Films of latents."""
+        return self.decoder(self.post_quant_conv(latents))

@@ -6,6 +6,7 @@ Transformers for High-Resolution Image Synthesis", 2020, arXiv 2012.09841.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from polymodal.core.errors import ConfigError
 from polymodal.nn.attention import attend
+from polymodal.nn.blend import Blend
 
 EPS = 1e-6  # of the group norms
 
@@ -122,6 +124,10 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
+BlockType: TypeAlias = Callable[[int, int, int], nn.Module]
+"""(channels before, channels behind, groups of the norms) -> a residual block."""
+
+
 class PictureAttention(nn.Module):
     """Attention with one head among all places of a picture."""
 
@@ -162,10 +168,11 @@ class Level(nn.Module):
     """The blocks of one resolution, each perhaps followed by attention, and the way to the next one."""
 
     def __init__(
-        self, dim: int, out: int, count: int, groups: int, *, attention: bool, resample: nn.Module | None
-    ) -> None:
+        self, dim: int, out: int, count: int, groups: int, *, attention: bool, resample: nn.Module | None,
+        block: BlockType,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(out if i else dim, out, groups) for i in range(count))
+        self.blocks = nn.ModuleList(block(out if i else dim, out, groups) for i in range(count))
         self.attns = nn.ModuleList(PictureAttention(out, groups) for _ in range(count if attention else 0))
         self.resample = nn.Identity() if resample is None else resample
 
@@ -180,9 +187,9 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Two blocks at the coarsest resolution, with attention between them."""
 
-    def __init__(self, dim: int, groups: int, *, attention: bool) -> None:
+    def __init__(self, dim: int, groups: int, *, attention: bool, block: BlockType) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(dim, dim, groups) for _ in range(2))
+        self.blocks = nn.ModuleList(block(dim, dim, groups) for _ in range(2))
         self.attn = PictureAttention(dim, groups) if attention else nn.Identity()
 
     def forward(self, x: Float[Tensor, "batch dim height width"]) -> Float[Tensor, "batch dim height width"]:
@@ -199,11 +206,11 @@ class Encoder(nn.Module):
         self.levels = nn.ModuleList(
             Level(
                 c.widths[max(i - 1, 0)], width, c.num_blocks, c.groups, attention=i in c.attention,
-                resample=None if i == last else Halve(width),
+                resample=None if i == last else Halve(width), block=ResidualBlock,
             )
             for i, width in enumerate(c.widths)
         )  # fmt: skip
-        self.middle = Middle(c.widths[-1], c.groups, attention=c.middle_attention)
+        self.middle = Middle(c.widths[-1], c.groups, attention=c.middle_attention, block=ResidualBlock)
         self.norm = nn.GroupNorm(c.groups, c.widths[-1], eps=EPS)
         self.last = nn.Conv2d(c.widths[-1], out, 3, padding=1)
 
@@ -215,17 +222,17 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent vectors to pixels. ``levels`` are numbered as the encoder's, and run backwards."""
+    """Latent vectors to pixels, by blocks of a kind. ``levels`` are numbered as the encoder's, and run backwards."""
 
-    def __init__(self, config: PyramidConfig) -> None:
+    def __init__(self, config: PyramidConfig, block: BlockType = ResidualBlock) -> None:
         super().__init__()
         c, last = config, len(config.widths) - 1
         self.first = nn.Conv2d(c.latent_dim, c.widths[-1], 3, padding=1)
-        self.middle = Middle(c.widths[-1], c.groups, attention=c.middle_attention)
+        self.middle = Middle(c.widths[-1], c.groups, attention=c.middle_attention, block=block)
         self.levels = nn.ModuleList(
             Level(
                 c.widths[min(i + 1, last)], width, c.num_blocks + 1, c.groups, attention=i in c.attention,
-                resample=Double(width) if i else None,
+                resample=Double(width) if i else None, block=block,
             )
             for i, width in enumerate(c.widths)
         )  # fmt: skip
@@ -251,5 +258,5 @@ def last_layer(decoder: nn.Module) -> nn.Parameter:
 def init_convolutions_(model: nn.Module) -> None:
     """torch's own scheme, which the official codes leave as it is: uniform by fan-in, norms one and zero."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.GroupNorm | nn.Conv3d):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.GroupNorm | nn.Conv3d | Blend):
             module.reset_parameters()

@@ -121,6 +121,7 @@ def vae_loss(
     *,
     distance: Callable[[Tensor, Tensor], Float[Tensor, " batch"]] | None = None,
     judge: nn.Module | None = None,
+    divergence: float = KL_WEIGHT,
 ) -> Loss:
     """What the official code trains the autoencoder by, a sum over all values of a picture.
 
@@ -132,15 +133,16 @@ def vae_loss(
         judge: says of patches how real they are (`tokenizers.vq.PatchDiscriminator`), once reconstructions are good
             (the official code begins with it after 50,001 steps); weighed so that it moves the last layer half as much
             as reconstruction does, where there is a gradient to weigh.
+        divergence: what the posterior's from the standard normal distribution counts.
     """
     posterior = vae.posterior(pixels)
     made = vae.reconstruct(posterior.at(noise))
     error = (made - pixels).abs().flatten(1).sum(1)
     if distance is not None:
         error = error + distance(made, pixels) * pixels[0].numel()
-    divergence = posterior.divergence()
-    total = (error + KL_WEIGHT * divergence).sum()
-    metrics = {"error": error.detach().mean() / pixels[0].numel(), "divergence": divergence.detach().mean()}
+    apart = posterior.divergence()
+    total = (error + divergence * apart).sum()
+    metrics = {"error": error.detach().mean() / pixels[0].numel(), "divergence": apart.detach().mean()}
     if judge is not None:
         deceived = -judge(made).mean()
         weight = torch.ones(())

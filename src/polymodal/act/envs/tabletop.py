@@ -39,6 +39,7 @@ _SUBSTEPS, _RAMP = 10, 5  # of physics in one action; pieces in which the target
 _HOVER, _GRASP = 0.12, 0.022  # heights of the finger tips
 _NEAR = 0.025  # of the point above a thing: it is reached
 _ON = 0.045  # of the middle of a plate: it is on the plate
+_WHOLE: Final = mujoco.mjtState.mjSTATE_INTEGRATION  # of the physics, to the bit
 
 
 class Tabletop(RobotEnv):
@@ -102,6 +103,13 @@ class Tabletop(RobotEnv):
         return self.observe(), self._info()
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        self.advance(action)
+        info = self._info()
+        ended = info["success"] or info.get("success_shown", False)
+        return self.observe(), float(info["success"]), ended, self._steps >= self.limit and not ended, info
+
+    def advance(self, action: Any) -> None:
+        """A step that nobody looks at."""
         self._late.append(self.action(action))
         now = self._late.popleft()
         before = self.target.copy()
@@ -111,9 +119,19 @@ class Tabletop(RobotEnv):
             self.data.ctrl[:3] = before + (self.target - before) * part / _RAMP
             mujoco.mj_step(self.model, self.data, _SUBSTEPS // _RAMP)
         self._steps += 1
-        info = self._info()
-        ended = info["success"] or info.get("success_shown", False)
-        return self.observe(), float(info["success"]), ended, self._steps >= self.limit and not ended, info
+
+    def moment(self) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...], int]:
+        """All that the future depends on, for `rewind`."""
+        physics = np.empty(mujoco.mj_stateSize(self.model, _WHOLE))
+        mujoco.mj_getState(self.model, self.data, physics, _WHOLE)
+        return physics, self.target.copy(), tuple(self._late), self._steps
+
+    def rewind(self, moment: tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...], int]) -> None:
+        """Back to a moment of the running episode."""
+        physics, target, late, self._steps = moment
+        mujoco.mj_setState(self.model, self.data, physics, _WHOLE)
+        mujoco.mj_kinematics(self.model, self.data)  # where things are; more would disturb the solver's warm start
+        self.target, self._late = target.copy(), deque(late)
 
     def close(self) -> None:
         if self._painter is not None:

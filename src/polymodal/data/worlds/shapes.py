@@ -57,7 +57,7 @@ HELD_OUT: Final = frozenset(
     }
 )
 
-_MARGIN = 0.1  # of the side: centres closer than this are neither left nor right, above nor below, of each other
+MARGIN = 0.1  # of the side: centres closer than this are neither left nor right, above nor below, of each other
 _MAX_OVERLAP = 0.05  # of the smaller box
 _MAX_COVER = 0.42  # of the picture, by all boxes: beyond it, random placing seldom ends
 _CONTRAST = 90.0  # least distance in RGB between the background and any object
@@ -78,7 +78,7 @@ class Thing:
 
     @property
     def height(self) -> float:
-        return self.width * _ASPECTS[self.shape]
+        return self.width * ASPECTS[self.shape]
 
     def box(self, size: int) -> tuple[int, int, int, int]:
         """Left, top, right, bottom in pixels of a picture of ``size`` x ``size``; right and bottom are exclusive."""
@@ -166,7 +166,7 @@ def _plate(pen: ImageDraw.ImageDraw, width: int, height: int) -> None:
     pen.ellipse((0.22 * width, 0.27 * height, 0.78 * width, 0.73 * height), fill=255)
 
 
-_DRAW: Final[dict[str, Callable[[ImageDraw.ImageDraw, int, int], None]]] = {
+DRAW: Final[dict[str, Callable[[ImageDraw.ImageDraw, int, int], None]]] = {
     "circle": _circle,
     "square": _polygon([(0, 0), (1, 0), (1, 1), (0, 1)]),
     "triangle": _polygon([(0, 1), (0.5, 0), (1, 1)]),
@@ -180,8 +180,8 @@ _DRAW: Final[dict[str, Callable[[ImageDraw.ImageDraw, int, int], None]]] = {
     "cup": _cup,
     "plate": _plate,
 }
-SHAPES: Final = tuple(_DRAW)
-_ASPECTS: Final = {shape: {"diamond": 1.3, "moon": 1.4, "plate": 0.5}.get(shape, 1.0) for shape in SHAPES}
+SHAPES: Final = tuple(DRAW)
+ASPECTS: Final = {shape: {"diamond": 1.3, "moon": 1.4, "plate": 0.5}.get(shape, 1.0) for shape in SHAPES}
 
 
 @functools.lru_cache(maxsize=8192)
@@ -189,7 +189,7 @@ def _sprite(shape: str, colour: str, material: str, width: int, height: int) -> 
     """The picture and the mask of one object."""
     wide, high = 4 * width, 4 * height
     mask = Image.new("L", (wide, high))
-    _DRAW[shape](ImageDraw.Draw(mask), wide, high)
+    DRAW[shape](ImageDraw.Draw(mask), wide, high)
     base = np.asarray(COLOURS[colour], np.float32)
     # Patterns mix in white, or black where the colour itself is light.
     other = np.full(3, 255.0 if base.mean() < 200 else 60.0, np.float32)
@@ -243,13 +243,12 @@ def _overlap(a: _Box, b: _Box) -> float:
     return max(0.0, wide) * max(0.0, high) / min(a[2] * a[3], b[2] * b[3])
 
 
-def _sizes(rng: np.random.Generator, shapes: list[str]) -> list[str]:
-    """Random sizes, the largest made smaller until there is room for all."""
-    names = list(SIZES)
+def _sizes(rng: np.random.Generator, shapes: list[str], names: Sequence[str]) -> list[str]:
+    """Random sizes of ``names`` (the smallest first), the largest made smaller until there is room for all."""
     sizes = [int(i) for i in rng.integers(len(names), size=len(shapes))]
 
     def cover(i: int) -> float:
-        return SIZES[names[sizes[i]]] ** 2 * _ASPECTS[shapes[i]]
+        return SIZES[names[sizes[i]]] ** 2 * ASPECTS[shapes[i]]
 
     while sum(cover(i) for i in range(len(shapes))) > _MAX_COVER and any(sizes):
         sizes[max(range(len(shapes)), key=lambda i: (sizes[i], cover(i)))] -= 1
@@ -296,15 +295,21 @@ def scene(rng: np.random.Generator, *, objects: int | None = None, held_out: boo
     return arrange(kinds, rng)
 
 
-def arrange(kinds: Sequence[tuple[str, str]], rng: np.random.Generator) -> Scene:
+def arrange(
+    kinds: Sequence[tuple[str, str]],
+    rng: np.random.Generator,
+    *,
+    sizes_of: Sequence[str] = tuple(SIZES),
+    materials: Sequence[str] = MATERIALS,
+) -> Scene:
     """A scene of exactly these colours and shapes; sizes, places, materials and the background are drawn."""
-    sizes = _sizes(rng, [shape for _, shape in kinds])
+    sizes = _sizes(rng, [shape for _, shape in kinds], sizes_of)
     widths = [SIZES[size] * (0.92 + 0.16 * rng.random()) for size in sizes]
-    extents = [(width, width * _ASPECTS[shape]) for width, (_, shape) in zip(widths, kinds, strict=True)]
+    extents = [(width, width * ASPECTS[shape]) for width, (_, shape) in zip(widths, kinds, strict=True)]
     while (boxes := _place(rng, extents)) is None:
         pass  # no room was found: once more from the start
     things = tuple(
-        Thing(shape=shape, colour=colour, size=size, material=str(rng.choice(MATERIALS)), x=x, y=y, width=width)
+        Thing(shape=shape, colour=colour, size=size, material=str(rng.choice(materials)), x=x, y=y, width=width)
         for (colour, shape), size, (x, y, width, _) in zip(kinds, sizes, boxes, strict=True)
     )
     return Scene(things=things, background=_background(rng, {colour for colour, _ in kinds}))
@@ -320,7 +325,7 @@ def facts(scene: Scene) -> list[Fact]:
         for j, b in enumerate(scene.things):
             if i == j:
                 continue
-            holds = (a.x < b.x - _MARGIN, a.x > b.x + _MARGIN, a.y < b.y - _MARGIN, a.y > b.y + _MARGIN)
+            holds = (a.x < b.x - MARGIN, a.x > b.x + MARGIN, a.y < b.y - MARGIN, a.y > b.y + MARGIN)
             found += [Fact(subject=i, relation=r, object=j) for r, h in zip(RELATIONS, holds, strict=True) if h]
     return found
 
