@@ -5,7 +5,7 @@ knows the words of these texts and no others. A picture is 144 codes of four by 
 
 command   polymodal train recipes/nano/draw.py --out runs/nano-draw
 machine   1 CPU core with AVX512-BF16
-time      47 minutes beside other work (30 CPU-minutes)
+time      44 minutes beside other work (30 CPU-minutes)
 expected  see `expect` below: pictures that show the objects, colours and relation asked for, in pairs of colour and
           shape never seen. Neither bar is reached (docs/decisions.md 67): objects 8 % (beside texts of others 2 %),
           colours 33 % (3 %), relations 0 of 80
@@ -126,7 +126,7 @@ def run(steps: tuple[int, int] = STEPS, rows: int = ROWS, *, count: int = ASKED)
         name="nano-draw",
         header=Header(
             command="polymodal train recipes/nano/draw.py --out runs/nano-draw",
-            machine="1 CPU core with AVX512-BF16", time="47 minutes", expected="the bars of `expect`; none is reached",
+            machine="1 CPU core with AVX512-BF16", time="44 minutes", expected="the bars of `expect`; none is reached",
         ),
         model=lambda: Learner(painter()),
         stages=[
