@@ -337,7 +337,7 @@ def index(folder: Path, to: Path, **changes: Any) -> Path:
         ({"unet": "unet"}, "unet"),
         ({"../unet": ["diffusers", "UNet2DConditionModel"]}, "not understood"),
         ({"controlnet": ["diffusers", "ControlNetModel"]}, "controlnet"),
-        ({"_class_name": "StableVideoDiffusionPipeline"}, "no system reads _class_name"),
+        ({"_class_name": "KandinskyPipeline"}, "no system reads _class_name"),
         ({"_class_name": 3}, "no system reads _class_name"),
         ({"scheduler": ["diffusers", "LCMScheduler"]}, "LCMScheduler"),
     ],

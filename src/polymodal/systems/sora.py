@@ -172,9 +172,8 @@ class Sora(FilmMaker):
             texts: of each, with T5's end; one that says nothing has that alone.
             capacity: patches of a row; those of the longest clip if not given. What is longer has a row of its own.
         """
-        return pack_clips(
-            [patched(c, self.config.size) for c in clips], texts, capacity=capacity, pad_id=self.config.text.pad_id
-        )
+        c = self.config
+        return pack_clips([patched(x, c.size) for x in clips], texts, capacity=capacity, pad_id=c.text.pad_id)
 
     def drop(self, batch: Batch, clips: Bool[Tensor, "rows clips"]) -> Batch:
         """The batch with texts of these clips that say nothing."""
@@ -240,11 +239,9 @@ class Sora(FilmMaker):
 
         ``watch`` is given the number of steps done and the latents to expect.
         """
-        device = next(self.parameters()).device
-        noise = Dice([seed])((self.config.vae.latent_dim, *shape), device)[0]
-        end = [T5_END]
-        batch = self.pack([noise] * (1 if guidance == 1 else 2), [text, end][: 1 if guidance == 1 else 2], capacity=1)
-        batch = batch.to(device)
+        noise = Dice([seed])((self.config.vae.latent_dim, *shape), self.device)[0]
+        texts = [text] if guidance == 1 else [text, [T5_END]]
+        batch = self.pack([noise] * len(texts), texts, capacity=1).to(self.device)
 
         def model(x: Tensor, when: Tensor) -> Tensor:
             if guidance == 1:
