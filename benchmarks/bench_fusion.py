@@ -226,7 +226,7 @@ def matched(steps: int, codec_steps: int) -> tuple[int, dict[str, float]]:
 def learned(make: Callable[[], nn.Module], source: Scenes, steps: int, seed: int, lr: float) -> nn.Module:
     stage = Stage(
         name="learn", steps=steps, batch_size=BATCH, source=lambda: source, lr=lr, weight_decay=0.05,
-        betas=(0.9, 0.95), schedule=Cosine(warmup=min(50, steps // 4)), precision="bf16", workers=0,
+        betas=(0.9, 0.95), schedule=Cosine(warmup=min(50, steps // 4)), precision="auto", workers=0,
     )  # fmt: skip
     header = Header(
         command="python -m benchmarks.bench_fusion", machine="1 CPU core", time="minutes", expected="a table"

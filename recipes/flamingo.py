@@ -143,7 +143,7 @@ def run(
         stages=[
             Stage(
                 name="interleave", steps=steps, batch_size=batch_size, accumulate=accumulate, source=source, lr=lr,
-                schedule=Constant(warmup=warmup), weight_decay=0.1, precision="bf16",
+                schedule=Constant(warmup=warmup), weight_decay=0.1, precision="auto",
             )
         ],
     )  # fmt: skip

@@ -98,7 +98,7 @@ def run(
         stages=[
             Stage(
                 name=names[i], steps=numbers.steps[i], batch_size=numbers.batch_sizes[i], lr=numbers.lrs[i],
-                schedule=Cosine(warmup=round(0.03 * numbers.steps[i])), trainable=trainable[i], precision="bf16",
+                schedule=Cosine(warmup=round(0.03 * numbers.steps[i])), trainable=trainable[i], precision="auto",
                 accumulate=numbers.accumulate, source=lessons(model, sources[i]),
             )
             for i in range(2)

@@ -130,7 +130,7 @@ def run(
         stages=[
             Stage(
                 name="represent", steps=steps, batch_size=batch_size, source=source, lr=lr,
-                schedule=Cosine(warmup=warmup), weight_decay=0.05, betas=(0.9, 0.98), clip=None, precision="bf16",
+                schedule=Cosine(warmup=warmup), weight_decay=0.05, betas=(0.9, 0.98), clip=None, precision="auto",
             )
         ],
     )  # fmt: skip

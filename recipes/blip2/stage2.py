@@ -89,7 +89,7 @@ def run(
             Stage(
                 name="generate", steps=steps, batch_size=batch_size, source=lessons(model, chats), lr=lr,
                 schedule=Cosine(warmup=warmup, final=0.5), weight_decay=0.05, betas=(0.9, 0.98), clip=None,
-                precision="bf16",
+                precision="auto",
             )
         ],
     )  # fmt: skip

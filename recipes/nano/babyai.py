@@ -92,7 +92,7 @@ def run(*, scale: float = 1.0, steps: int = 6000, batch_size: int = 128, episode
                 name="clone", steps=steps, batch_size=batch_size,
                 source=lambda: Lessons(policy(demonstrations(scale)), demonstrations(scale)), lr=2e-3,
                 schedule=Cosine(warmup=min(200, steps // 10)), weight_decay=1e-4, betas=(0.9, 0.95), ema=0.995,
-                precision="bf16", workers=0,
+                precision="auto", workers=0,
             )
         ],
         evaluate=trials,

@@ -237,7 +237,7 @@ def run(steps: int = STEPS, batch_size: int = BATCH, asked: int = ASKED) -> Run:
             Stage(
                 name="pairs", steps=steps, batch_size=batch_size, source=Captioned, lr=1e-3,
                 schedule=Cosine(warmup=min(100, steps // 10)), weight_decay=0.05, betas=(0.9, 0.98), eps=1e-6, clip=1.0,
-                ema=0.99, precision="bf16", workers=1,
+                ema=0.99, precision="auto", workers=1,
             )
         ],
         evaluate=partial(evaluate, count=asked),

@@ -59,7 +59,7 @@ def evaluate(clip: nn.Module) -> dict[str, float]:
 
 def run(steps: tuple[int, int, int, int] = STEPS, batch_size: int = 256) -> Run:
     stage = partial(
-        Stage, batch_size=batch_size, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, precision="bf16", workers=1
+        Stage, batch_size=batch_size, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, precision="auto", workers=1
     )
     return Run(
         name="nano-clip",

@@ -139,7 +139,7 @@ def run(steps: int = STEPS) -> Run:
         stages=[
             Stage(
                 name="distil", steps=steps, batch_size=64, source=Views, lr=1e-3,
-                schedule=Cosine(warmup=steps // 10), weight_decay=0.05, clip=3.0, precision="bf16", workers=1,
+                schedule=Cosine(warmup=steps // 10), weight_decay=0.05, clip=3.0, precision="auto", workers=1,
             )
         ],
         evaluate=evaluate,

@@ -132,7 +132,7 @@ def run(steps: tuple[int, int] = STEPS, rows: int = ROWS, *, count: int = ASKED)
         stages=[
             stage(
                 name="painter", steps=steps[0], source=partial(Scenes, words), lr=1e-3, betas=(0.9, 0.98),
-                precision="bf16", schedule=Cosine(warmup=min(150, steps[0])),
+                precision="auto", schedule=Cosine(warmup=min(150, steps[0])),
                 trainable={"painter.text": 1.0, "painter.backbone": 1.0},
             ),
             stage(

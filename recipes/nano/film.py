@@ -192,7 +192,7 @@ def run(steps: tuple[int, int] = STEPS, rows: tuple[int, int] = ROWS, *, asked: 
             stage(
                 name="film", steps=steps[1], batch_size=rows[1], source=partial(Moving, told=True), lr=1e-3,
                 schedule=Cosine(warmup=min(100, steps[1])), betas=(0.9, 0.99), trainable={"maker.backbone": 1.0},
-                precision="bf16",
+                precision="auto",
             ),
         ],
         evaluate=partial(evaluate, asked=asked),

@@ -69,7 +69,7 @@ def run(steps: int = STEPS) -> Run:
         stages=[
             Stage(
                 name="reconstruct", steps=steps, batch_size=64, source=Pictures, lr=2e-3,
-                schedule=Cosine(warmup=steps // 10), weight_decay=0.05, betas=(0.9, 0.95), precision="bf16", workers=1,
+                schedule=Cosine(warmup=steps // 10), weight_decay=0.05, betas=(0.9, 0.95), precision="auto", workers=1,
             )
         ],
         evaluate=evaluate,

@@ -92,7 +92,7 @@ def run(
             Stage(
                 name="clone", steps=steps, batch_size=batch_size, source=lambda: Lessons(policy(shown()), shown()),
                 lr=2e-3, schedule=Cosine(warmup=min(200, steps // 10)), weight_decay=1e-2, betas=(0.9, 0.95), ema=0.99,
-                precision="bf16", workers=0,
+                precision="auto", workers=0,
             )
         ],
         evaluate=trials,

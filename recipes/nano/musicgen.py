@@ -181,7 +181,7 @@ def run(
         stages=[
             Stage(
                 name="compose", steps=steps, batch_size=batch_size, source=partial(described, name, pieces), lr=2e-3,
-                schedule=Cosine(warmup=min(100, steps // 10)), weight_decay=0.1, betas=(0.9, 0.95), precision="bf16",
+                schedule=Cosine(warmup=min(100, steps // 10)), weight_decay=0.1, betas=(0.9, 0.95), precision="auto",
                 ema=0.998, workers=1,
             )
         ],

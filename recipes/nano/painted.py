@@ -135,7 +135,7 @@ def stages(
         ),
         stage(
             name="painter", steps=steps[1], batch_size=rows[1], source=partial(Scenes, told, kind), lr=lr,
-            precision="bf16", schedule=Cosine(warmup=min(100, steps[1])), betas=(0.9, 0.99),
+            precision="auto", schedule=Cosine(warmup=min(100, steps[1])), betas=(0.9, 0.99),
             trainable=dict.fromkeys(trainable, 1.0),
         ),
         stage(

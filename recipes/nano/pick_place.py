@@ -42,7 +42,7 @@ def run(cloning: Cloning = PICK_PLACE, *, steps: int = 15_000, batch_size: int =
             Stage(
                 name="clone", steps=steps, batch_size=batch_size, source=cloning.lessons, lr=2e-3,
                 schedule=Cosine(warmup=min(200, steps // 10)), weight_decay=1e-4, betas=(0.9, 0.95), ema=0.995,
-                precision="bf16", workers=0,
+                precision="auto", workers=0,
             )
         ],
         evaluate=cloning.trials,

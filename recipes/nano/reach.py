@@ -43,7 +43,7 @@ def run(cloning: Cloning = REACH, *, steps: int = 2400, batch_size: int = 128) -
             Stage(
                 name="clone", steps=steps, batch_size=batch_size, source=cloning.lessons, lr=2e-3,
                 schedule=Cosine(warmup=min(100, steps // 10)), weight_decay=1e-4, betas=(0.9, 0.95), ema=0.99,
-                precision="bf16", workers=0,
+                precision="auto", workers=0,
             )
         ],
         evaluate=cloning.trials,

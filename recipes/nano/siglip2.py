@@ -88,7 +88,7 @@ def run(steps: int = STEPS, batch_size: int = BATCH) -> Run:
             Stage(
                 name="pairs", steps=steps, batch_size=batch_size, source=source, lr=1e-3,
                 schedule=Cosine(warmup=min(100, steps // 10)), weight_decay=1e-4, betas=(0.9, 0.95), clip=1.0,
-                ema=0.99, precision="bf16", workers=1,
+                ema=0.99, precision="auto", workers=1,
             )
         ],
         evaluate=evaluate,

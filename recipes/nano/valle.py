@@ -251,7 +251,7 @@ def run(
         stages=[
             Stage(
                 name="speak", steps=steps, batch_size=batch_size, source=partial(spoken, name, number), lr=2e-3,
-                schedule=Cosine(warmup=min(200, steps // 10)), weight_decay=0.05, betas=(0.9, 0.98), precision="bf16",
+                schedule=Cosine(warmup=min(200, steps // 10)), weight_decay=0.05, betas=(0.9, 0.98), precision="auto",
                 ema=0.998, workers=1,
             )
         ],

@@ -71,7 +71,7 @@ def run(steps: int = 3500) -> Run:
             Stage(
                 name="classify", steps=steps, batch_size=128, source=Pictures, lr=1e-3,
                 schedule=Cosine(warmup=min(100, steps // 10)), weight_decay=0.05, betas=(0.9, 0.95), clip=1.0,
-                precision="bf16", workers=1,
+                precision="auto", workers=1,
             )
         ],
         evaluate=evaluate,

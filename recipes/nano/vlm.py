@@ -153,7 +153,7 @@ def evaluate(vlm: nn.Module, count: int = ASKED) -> dict[str, float]:
 
 
 def run(steps: tuple[int, int, int] = STEPS) -> Run:
-    stage = partial(Stage, weight_decay=0.05, betas=(0.9, 0.95), precision="bf16", ema=0.998, workers=1)
+    stage = partial(Stage, weight_decay=0.05, betas=(0.9, 0.95), precision="auto", ema=0.998, workers=1)
     return Run(
         name="nano-vlm",
         header=Header(

@@ -150,7 +150,7 @@ def run(listen: int = LISTEN, write: int = WRITE, batch_size: int = BATCH, pool:
         return Stage(
             name=name, steps=steps, batch_size=batch_size, source=partial(Spoken, labelled, pool), lr=1.5e-3,
             trainable=trainable, schedule=Cosine(warmup=min(100, steps // 10)), weight_decay=0.01, betas=(0.9, 0.98),
-            eps=1e-6, clip=None, precision="bf16", workers=1,  # unclipped: one norm would tie the two networks
+            eps=1e-6, clip=None, precision="auto", workers=1,  # unclipped: one norm would tie the two networks
         )  # fmt: skip
 
     return Run(

@@ -298,7 +298,7 @@ def run(steps: tuple[int, int] = STEPS, *, batch_size: int = BATCH, pool: int = 
         weight_decay=0.05,
         betas=(0.9, 0.98),
         eps=1e-6,
-        precision="bf16",
+        precision="auto",
         ema=0.998,
         workers=1,
     )

@@ -43,7 +43,7 @@ def run(steps: int = STEPS, *, rows: int = ROWS, films: int = worlds.FILMS, aske
             Stage(
                 name="foresee", steps=steps, batch_size=rows,
                 source=lambda: worlds.Windows(model(), worlds.CONTEXT + LEARNED, films),
-                lr=2e-3, schedule=Cosine(warmup=min(50, steps), final=0.02), weight_decay=0.01, precision="bf16",
+                lr=2e-3, schedule=Cosine(warmup=min(50, steps), final=0.02), weight_decay=0.01, precision="auto",
                 ema=0.995, workers=1,
             )
         ],

@@ -122,7 +122,7 @@ def run(
             Stage(
                 name="foresee", steps=steps[1], batch_size=rows[1],
                 source=lambda: worlds.Windows(Iris.build(CONFIG), worlds.LENGTH, films), lr=2e-3,
-                schedule=Cosine(warmup=min(50, steps[1]), final=0.02), precision="bf16",
+                schedule=Cosine(warmup=min(50, steps[1]), final=0.02), precision="auto",
                 trainable={"world.backbone": 1.0, "world.act": 1.0}, weight_decay=0.01, ema=0.995, workers=1,
             ),
         ],

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from polymodal.core.errors import ConfigError, DataError, MissingDependency, TrainError
+from polymodal.nn.precision import fast_bf16
 from polymodal.train import Bar, Constant, Cosine, Linear, Run, Stage, fit, load_run
 from polymodal.train import loop as loop_module
 from polymodal.train.log import read_curve
@@ -298,7 +299,9 @@ def test_too_little_data_is_refused(tmp_path: Path) -> None:
         fit(plain(batch_size=128), tmp_path)
 
 
-def test_bf16_trains_with_master_weights_in_fp32(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "auto", "fp32"])
+def test_a_forward_in_bf16_has_master_weights_in_fp32(precision: Any, tmp_path: Path) -> None:
+    fast = fast_bf16(torch.device("cpu"))
     seen: list[torch.dtype] = []
 
     class Watched(Toy):
@@ -307,8 +310,8 @@ def test_bf16_trains_with_master_weights_in_fp32(tmp_path: Path) -> None:
                 seen.append(self.a(batch["x"]).dtype)
             return super().loss(batch)
 
-    result = fit(replace(plain(precision="bf16"), model=Watched), tmp_path)
-    assert set(seen) == {torch.bfloat16}
+    result = fit(replace(plain(precision=precision), model=Watched), tmp_path, device="cpu")
+    assert set(seen) == {torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32}
     assert {p.dtype for p in result.model.parameters()} == {torch.float32}
     assert curve(tmp_path)[-1]["loss"] < curve(tmp_path)[0]["loss"] / 2
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from polymodal.core.errors import TrainError, did_you_mean
 from polymodal.core.verbs import Trains
 from polymodal.data.loader import Item, Loader, shorten
+from polymodal.nn.precision import fast_bf16
 from polymodal.train import checkpoint, report
 from polymodal.train.checkpoint import State
 from polymodal.train.distributed import Parallel, Place, Single, agree, gradient_norm, join, local, parallelise
@@ -90,6 +91,7 @@ class _Active:
     optimizer: torch.optim.Optimizer
     trained: Mapping[str, nn.Parameter]
     ema: Mapping[str, Tensor] | None
+    bf16: bool
 
 
 class _Trainer:
@@ -193,7 +195,8 @@ class _Trainer:
             checkpoint.load_optimizer(saved, model, optimizer)
             if ema is not None:
                 checkpoint.load_ema(saved, ema)
-        active = _Active(stage=stage, wrapped=wrapped, optimizer=optimizer, trained=trained, ema=ema)
+        bf16 = stage.precision == "bf16" or (stage.precision == "auto" and fast_bf16(self.place.device))
+        active = _Active(stage=stage, wrapped=wrapped, optimizer=optimizer, trained=trained, ema=ema, bf16=bf16)
         model.train()
         saved_at = time.monotonic()
         with Loader(
@@ -244,7 +247,7 @@ class _Trainer:
         sums: dict[str, Tensor] = {}
         for micro in range(stage.accumulate):
             with wrapped.micro_batch(last=micro == stage.accumulate - 1):
-                with torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=active.bf16):
                     loss = wrapped.loss(batch.rows(micro * rows, (micro + 1) * rows))
                 # Numbers are read before the backward: after it, sharding has freed what a metric may be a view of.
                 values: dict[str, float | Tensor] = {"loss": loss.total, "weight": loss.weight}

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from torch import nn
 
 from polymodal.core.errors import ConfigError, TrainError, did_you_mean
 from polymodal.core.verbs import Trains
 from polymodal.data.loader import Source
+from polymodal.nn.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,8 @@ class Stage:
         clip: largest norm of the whole gradient, or None.
         ema: decay of the moving average of the weights that is evaluated and kept, or None. The first steps use
             (1 + step) / (10 + step) where that is smaller, so that a short run forgets its random start.
+        precision: of the forward; weights stay fp32. "auto" is bf16 where the device is faster in it: a CPU without the
+            instructions takes ten times as long.
         source: makes the data when the stage begins.
     """
 
@@ -92,7 +95,7 @@ class Stage:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip: float | None = 1.0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     ema: float | None = None
     workers: int = 2
 
@@ -103,7 +106,7 @@ class Stage:
         wrong += [f"clip is {self.clip}"] * (self.clip is not None and not self.clip > 0)
         wrong += [f"workers is {self.workers}"] * (self.workers < 0)
         wrong += [f"warmup is {self.schedule.warmup} of {self.steps} steps"] * (self.schedule.warmup > self.steps)
-        wrong += [f"precision is {self.precision!r}"] * (self.precision not in ("fp32", "bf16"))
+        wrong += [f"precision is {self.precision!r}"] * (self.precision not in get_args(Precision))
         if self.batch_size % max(1, self.accumulate):
             wrong.append(f"a batch of {self.batch_size} does not divide into {self.accumulate} micro-batches")
         if wrong:
