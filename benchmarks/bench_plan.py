@@ -28,6 +28,7 @@ from polymodal.encoders.vit import ViTConfig
 from polymodal.heads.lm import IGNORE
 from polymodal.machine import calibrate
 from polymodal.nn.norm import RMS
+from polymodal.nn.packed import pack
 from polymodal.nn.precision import cast
 from polymodal.nn.quantise import quantise_int8
 from polymodal.nn.rope import Rope
@@ -65,6 +66,8 @@ def writer(dtype: DType, given: Input, rounds: int) -> dict[str, float]:
     model: Any = cast(polymodal.build(MODEL).eval(), "bf16" if dtype == "bf16" else "fp32")
     if dtype == "int8":
         quantise_int8(model)
+    else:
+        pack(model)
     batch = prompt(model, given, {})
     length, rows = batch["ids"].shape[1], given.batch
 
@@ -98,7 +101,7 @@ def trainer(given: Input, rounds: int) -> float:
 
 def embedder(given: Input, rounds: int) -> float:
     name = "polymodal/nano-clip"
-    plan, model = price(name, given), polymodal.load(name)
+    plan, model = price(name, given), pack(polymodal.load(name))
     batch = model.prepare_images([Sample((Image(PILImage.new("RGB", (640, 480))),))] * given.batch)  # type: ignore[operator]
     with torch.no_grad():
         return (plan.phases["pictures"].seconds or 0.0) / seconds(lambda: model.encode(batch), 4 * rounds)  # type: ignore[operator]

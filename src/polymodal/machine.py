@@ -22,6 +22,7 @@ from polymodal.core.files import cache_dir, read_json, write_json
 from polymodal.nn.attention import attend
 from polymodal.nn.dryrun import DryRun, Work
 from polymodal.nn.norm import RMS
+from polymodal.nn.packed import PackedLinear, can_pack
 from polymodal.nn.quantise import Int8Linear
 from polymodal.nn.rope import Rope
 
@@ -31,6 +32,7 @@ _ROWS = (1, 4, 16, 64, 256, 1024)
 _SETS = (2**22, 2**25, 2**27)  # bytes of weights that are read in turn: in the caches, about as large, far larger
 _SIZES = (2**14, 2**17, 2**20, 2**23, 2**26)  # bytes of a tensor that is read and written
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_PACKED = "packed "
 
 Curve: TypeAlias = tuple[tuple[int, float], ...]  # what is varied -> what is reached each second
 
@@ -40,8 +42,8 @@ class Machine:
     """Rates of a machine, in operations or bytes a second.
 
     Attributes:
-        products: of matrices by the rows that share one read of the weights, for each dtype of linear layers and for
-            so many bytes of weights that are read in turn.
+        products: of matrices by the rows that share one read of the weights, for each dtype of linear layers, plain and
+            packed, and for so many bytes of weights that are read in turn.
         attention: of the fused kernel, by queries.
         moves: of tensors that are added, by their bytes; ``curves`` of those that pass an activation; both slowed
             down to the mix of operations that a decoder has beside its products.
@@ -140,7 +142,7 @@ def _at(curve: Curve, x: float | int) -> float:
 
 
 def calibrate(seconds: float = 0.05) -> Machine:
-    """Measures this machine, about ``seconds`` for each of some eighty rates, and keeps the result."""
+    """Measures this machine, about ``seconds`` for each of some hundred rates, and keeps the result."""
     with torch.no_grad():
         moves, call = _elementwise(lambda x: x + x, 3, seconds), _call()
         machine = Machine(
@@ -148,8 +150,8 @@ def calibrate(seconds: float = 0.05) -> Machine:
             date=time.strftime("%Y-%m-%d"), call=call, moves=moves,
             curves=_elementwise(torch.nn.functional.gelu, 2, seconds),
             products={
-                name: tuple((held, _products(dtype, held, seconds, moves, call)) for held in _SETS)
-                for name, dtype in {**_DTYPES, "int8": None}.items()
+                kind: tuple((held, _products(kind, held, seconds, moves, call)) for held in _SETS)
+                for kind in (*_DTYPES, *(_PACKED + name for name in _DTYPES if can_pack()), "int8")
             },
             attention={name: _attention(d, seconds) for name, d in _DTYPES.items()},
             convolution={name: _convolution(d, seconds) for name, d in _DTYPES.items()},
@@ -177,20 +179,20 @@ def _time(work: Callable[[], object], budget: float, before: Callable[[], object
     return best
 
 
-def _layers(dtype: torch.dtype | None, count: int) -> list[nn.Module]:
-    """Linear layers; in int8 without a dtype."""
-    made: list[nn.Module] = []
-    for _ in range(count):
-        layer = nn.Linear(_MATRIX, _MATRIX, bias=False)
-        nn.init.normal_(layer.weight, std=_MATRIX**-0.5)
-        made.append(Int8Linear(layer.weight) if dtype is None else layer.to(dtype))
-    return made
+def _layer(kind: str) -> nn.Module:
+    """A linear layer of `Machine.products`."""
+    plain = nn.Linear(_MATRIX, _MATRIX, bias=False)
+    nn.init.normal_(plain.weight, std=_MATRIX**-0.5)
+    if kind == "int8":
+        return Int8Linear(plain.weight)
+    plain.to(_DTYPES[kind.removeprefix(_PACKED)])
+    return PackedLinear(plain.weight) if kind.startswith(_PACKED) else plain
 
 
-def _products(dtype: torch.dtype | None, held: int, budget: float, moves: Curve, call: float) -> Curve:
+def _products(kind: str, held: int, budget: float, moves: Curve, call: float) -> Curve:
     """By rows, of layers with so many bytes of weights together."""
-    size = 1 if dtype is None else dtype.itemsize
-    layers = _layers(dtype, max(1, held // (_MATRIX**2 * size)))
+    dtype = _DTYPES.get(kind.removeprefix(_PACKED))
+    layers = [_layer(kind) for _ in range(max(1, held // (_MATRIX**2 * (1 if dtype is None else dtype.itemsize))))]
     out = []
     for rows in _ROWS:
         # With many rows a product takes long, and where its weights were matters little.
@@ -202,7 +204,7 @@ def _products(dtype: torch.dtype | None, held: int, budget: float, moves: Curve,
                 layer(x)
 
         spent = _time(run, budget) / len(some)
-        if dtype is None:  # norm, quotient and product around it are operations of their own
+        if kind == "int8":  # norm, quotient and product around it are operations of their own
             around = sum(call + size / _at(moves, size) for size in (x.nbytes, 2 * x.nbytes, 2 * x.nbytes))
             spent = max(spent - around, spent / 4)
         out.append((rows, 2 * rows * _MATRIX**2 / spent))

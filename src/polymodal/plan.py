@@ -4,7 +4,8 @@
 >>> print(price("llava-hf/llava-1.5-7b-hf", Input(images=((640, 480),), text=32, new=64)).text())
 
 Nothing is loaded and nothing is computed: the system is run without numbers (`nn.dryrun`), by its own code, so the
-counts are those of a real run. Tokens come from the functions that make prompts.
+counts are those of a real run. Tokens come from the functions that make prompts. Latency is that of the commands, whose
+linear layers are packed (`nn.packed`); a training step has plain ones.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from polymodal.heads.lm import IGNORE
 from polymodal.machine import Machine
 from polymodal.modalities.image import MAX_PIXELS
 from polymodal.nn.dryrun import DryRun, Held, Work
+from polymodal.nn.packed import can_pack
 from polymodal.nn.precision import cast
 from polymodal.systems import TABLE
 from polymodal.systems.acting import Policy
@@ -336,6 +338,8 @@ class _Run:
         self.weights = _weight_bytes(self.model, int8=self.dtype == "int8")
         if self.dtype == "int8":
             self.dry.quantise(self.model)
+        elif can_pack() and not isinstance(self.model, Policy):  # as commands do
+            self.dry.pack(self.model)
         self.given = settled(self.model, self.given)
 
     def add(self, name: str, counted: tuple[Counter[Work], Held], weights: int | None = None) -> None:

@@ -354,9 +354,10 @@ def test_bad_input(what: Any, given: dict[str, Any], error: type[Exception], mes
 def rates(**changes: Any) -> Machine:
     flat = ((1, 1e9), (100, 1e9))
     sets = ((1000, flat), (10**6, ((1, 1e8), (100, 1e9))))
+    kinds = ("float32", "bfloat16", "packed float32", "packed bfloat16", "int8")
     made = Machine(
         name="here", cpu="a", threads=1, torch="b", date="c", call=1e-6, moves=flat, curves=((1, 1e8),),
-        products=dict.fromkeys(("float32", "bfloat16", "int8"), sets), attention={"float32": flat},
+        products=dict.fromkeys(kinds, sets), attention={"float32": flat},
         convolution={"float32": 1e9},
     )  # fmt: skip
     return replace(made, **changes)
@@ -376,6 +377,25 @@ def test_time_is_the_sum_of_what_each_operation_takes() -> None:
     assert times == sorted(times)
     assert times[0] == pytest.approx(1 + 1e-6)
     assert times[-1] == pytest.approx(10 + 1e-6)
+
+
+def test_layers_are_packed_as_commands_pack_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYMODAL_CACHE", str(tmp_path))
+    slow = rates()
+    fast = {name: ((1, ((1, 1e12),)),) for name in slow.products if name.startswith("packed")}
+    given = Input(text=5, new=2)
+
+    def seconds(machine: Machine, **options: Any) -> dict[str, float | None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(Machine, "read", lambda: machine)
+            return {name: phase.seconds for name, phase in price(NANO["language"], given, **options).phases.items()}
+
+    packed = replace(slow, products={**slow.products, **fast})
+    for dtype in ("fp32", "bf16"):
+        before, after = seconds(slow, dtype=dtype), seconds(packed, dtype=dtype)
+        assert all((after[name] or 0) < (before[name] or 0) for name in before)
+    assert seconds(slow, dtype="int8") == seconds(packed, dtype="int8")
+    assert seconds(slow, train=True)["train"] == seconds(packed, train=True)["train"]
 
 
 def test_without_rates_of_this_machine_the_plan_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,11 @@ class Work(NamedTuple):
     rows: int  # of a product: how many rows share what is read of the other matrix; 0 elsewhere
     flops: int
     bytes: int  # read and written
-    dtype: str  # "float32", "bfloat16", or "int8" for a linear layer that will be quantised
+    dtype: str  # "float32", "bfloat16"; of a linear layer also "int8", if it will be quantised, and "packed float32"
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Held:
@@ -133,7 +137,7 @@ class DryRun(TorchDispatchMode):
                 )
         for part in module.modules():
             if isinstance(part, nn.Linear):
-                self._mark(part.weight, str(part.weight.dtype).removeprefix("torch."))
+                self._mark(part.weight, _named(part.weight.dtype))
         # Kept alive by us: a storage's number stands for it only as long as it lives.
         self._made = list(made.values())
         return module
@@ -148,6 +152,12 @@ class DryRun(TorchDispatchMode):
                 if type(child) is nn.Linear:
                     setattr(part, name, _Int8Shape(child))
                     self._mark(child.weight, "int8")
+
+    def pack(self, module: nn.Module) -> None:
+        """Gives the linear layers of a built module the rates of `nn.packed.PackedLinear`, which does the same."""
+        for part in module.modules():
+            if type(part) is nn.Linear:
+                self._mark(part.weight, f"packed {_named(part.weight.dtype)}")
 
     # -- running
 
@@ -217,7 +227,7 @@ class DryRun(TorchDispatchMode):
         elif func._schema.name in _CURVES:
             kind = "curve"
         floats = [t.dtype for t in (*given, *made) if t.is_floating_point()]
-        dtype = str(floats[-1]).removeprefix("torch.") if floats else "int"
+        dtype = _named(floats[-1]) if floats else "int"
         self.work[Work(kind, rows, flops, size, mark if kind == "linear" and mark else dtype)] += 1
 
 
