@@ -33,6 +33,7 @@ from polymodal.core.batch import Batch, Loss, text_batch
 from polymodal.core.filming import Filming
 from polymodal.core.interval import wilson
 from polymodal.data.worlds import clips
+from polymodal.modalities.generated import to_uint8
 from polymodal.nn.norm import RMS
 from polymodal.nn.rope import AxialRope
 from polymodal.systems.flow_painter import T5_END
@@ -164,13 +165,13 @@ def evaluate(trained: nn.Module, *, asked: int = ASKED, steps: int = 20) -> dict
         wanted = [clips.item(split, i, seed=SEED, frames=FRAMES, size=SIDE) for i in range(asked)]
         filming = [Filming(seed=i, steps=steps, guidance=4.0, fps=SPEED) for i in range(asked)]
         films = [maker.film(one.caption, how) for one, how in zip(wanted, filming, strict=True)]
-        shown = [(film * 255).round().byte().movedim(1, -1).numpy() for film in films]
+        shown = [to_uint8(film) for film in films]
         found[f"{split}/direction"] = np.mean([right(f, w) for f, w in zip(shown, wanted, strict=True)]).item()
         if split == "unseen":
             found["unseen/least"] = wilson(round(found["unseen/direction"] * asked), asked).low
             found["astray/direction"] = np.mean([astray(f, w) for f, w in zip(shown, wanted, strict=True)]).item()
             again = [maker.decode_clip(maker.encode_clip(pixels([w.frames])[0].movedim(0, 1))) for w in wanted]
-            coded = [((f / 2 + 0.5).clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy() for f in again]
+            coded = [to_uint8(f / 2 + 0.5) for f in again]
             found["coded/direction"] = np.mean([right(f, w) for f, w in zip(coded, wanted, strict=True)]).item()
     return found
 

@@ -21,6 +21,7 @@ from polymodal.data.worlds.shapes_reader import read
 from polymodal.encoders.clip_text import CLIPTextConfig
 from polymodal.encoders.text import TextConfig
 from polymodal.evaluate.faithfulness import Faithfulness, faithfulness
+from polymodal.modalities.generated import to_uint8
 from polymodal.systems.latent_painting import LatentPainter
 from polymodal.tokenizers.pyramid import PyramidConfig
 from polymodal.tokenizers.text import TextTokenizer
@@ -165,7 +166,7 @@ def paint(
 
 def judged(pictures: Float[Tensor, "pictures 3 side side"], wanted: Sequence[Prompt]) -> Faithfulness:
     """Whether pictures show what was asked for, by the exact reader."""
-    seen = [read(one) for one in (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()]
+    seen = [read(one) for one in to_uint8(pictures)]
     return faithfulness(seen, wanted)
 
 
