@@ -16,7 +16,7 @@ latents drawn to a deviation of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -41,6 +41,7 @@ from polymodal.systems.sora import Sora, SoraConfig
 from polymodal.tokenizers.cosmos import CosmosNetConfig
 from polymodal.tokenizers.language import LanguageTokenizer
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
+from recipes.nano.learners import Around
 
 STEPS, ROWS = (1500, 6000), (16, 32)
 SIDE, FRAMES, SPEED = 32, 9, 8  # pixels, frames, frames a second
@@ -77,8 +78,10 @@ def config() -> SoraConfig:
     )  # fmt: skip
 
 
-class Learner(nn.Module):
+class Learner(Around):
     """A film maker of which the autoencoder learns from films alone, and the rest from films with captions."""
+
+    inner = "maker"
 
     def __init__(self, maker: Sora) -> None:
         super().__init__()
@@ -97,15 +100,6 @@ class Learner(nn.Module):
         spread = latents.square().mean().sqrt()
         total = error + SPREAD * (spread - 1).square()
         return Loss(batch.size * total, batch.size, {"error": error.detach(), "spread": spread.detach()})
-
-    def after_step(self, step: int, total_steps: int) -> None:
-        self.maker.after_step(step, total_steps)
-
-    def no_decay(self) -> Iterable[str]:
-        return (f"maker.{name}" for name in self.maker.no_decay())
-
-    def blocks(self) -> Iterable[nn.Module]:
-        return self.maker.blocks()
 
 
 def model() -> Learner:
