@@ -54,11 +54,8 @@ from recipes.nano.asked import tokenizer
 SIDE, PATCH, CODES = 32, 4, 256
 TOKENS: Final = (SIDE // PATCH) ** 2
 KINDS: Final = ("colour", "shape", "existence", "count", "relation")
-TURNS, BATCH, CODEC_SHARE = (
-    4,
-    32,
-    0.3,
-)  # questions of a picture, pictures of a step, steps of the VQGAN for each of the decoder
+TURNS, BATCH = 4, 32  # questions of a picture, pictures of a step
+CODEC_SHARE = 0.3  # steps of the VQGAN for each of the decoder
 IMAGES = ImageProcessor(resize=Exact(height=SIDE, width=SIDE), mean=HALF, std=HALF)
 T95: Final = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for a mean of so many
 

@@ -20,7 +20,7 @@ stays as it begins (`averaging`), and only the decoder learns, without discrimin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 
 import numpy as np
@@ -41,7 +41,8 @@ from polymodal.tokenizers.pyramid import PyramidConfig
 from polymodal.tokenizers.vq import VQConfig
 from polymodal.train.run import Cosine, Header, Run, Stage
 from recipes.nano.averaging import averaging_
-from recipes.nano.painted import EXPECT, SIDE, Scenes, asked
+from recipes.nano.learners import Around
+from recipes.nano.painted import EXPECT, SIDE, Scenes, asked_both
 from recipes.nano.painted import evaluate as faithful
 
 STEPS = (3600, 500)  # of the painter, of the decoder of its codes
@@ -81,8 +82,10 @@ def painter() -> Parti:
     return made
 
 
-class Learner(nn.Module):
+class Learner(Around):
     """A painter and its tokenizer of pictures, which learns wherever there are pictures alone."""
+
+    inner = "painter"
 
     def __init__(self, painter: Parti) -> None:
         super().__init__()
@@ -99,15 +102,6 @@ class Learner(nn.Module):
         error = F.l1_loss(made, pixels)
         return Loss(total=batch.size * error, weight=batch.size, metrics={"error": error.detach()})
 
-    def after_step(self, step: int, total_steps: int) -> None:
-        self.painter.after_step(step, total_steps)
-
-    def no_decay(self) -> Iterable[str]:
-        return (f"painter.{name}" for name in self.painter.no_decay())
-
-    def blocks(self) -> Iterable[nn.Module]:
-        return self.painter.blocks()
-
 
 def words(wanted: Sequence[Prompt], pixels: Tensor) -> Batch:
     """The tokens of the texts."""
@@ -116,8 +110,7 @@ def words(wanted: Sequence[Prompt], pixels: Tensor) -> Batch:
 
 def evaluate(model: nn.Module, count: int = ASKED) -> dict[str, float]:
     """What pictures show of held-out texts, of seen ones, and of texts that were not theirs."""
-    wanted = {name: asked(count, held_out=name == "unseen") for name in ("unseen", "seen")}
-    return faithful(model.painter if isinstance(model, Learner) else model, wanted, DRAWING)
+    return faithful(model.painter if isinstance(model, Learner) else model, asked_both(count), DRAWING)
 
 
 def run(steps: tuple[int, int] = STEPS, rows: int = ROWS, *, count: int = ASKED) -> Run:

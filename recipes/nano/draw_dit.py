@@ -21,11 +21,12 @@ from polymodal.core.drawing import Drawing
 from polymodal.data.worlds import prompts
 from polymodal.data.worlds.prompts import Prompt
 from polymodal.systems.dit import DiT, DiTConfig
-from polymodal.train.run import Bar, Header, Run
-from recipes.nano.painted import AUTOENCODER, SIDE, Learner, evaluate, stages
+from polymodal.train.run import Bar, Run
+from recipes.nano.painted import AUTOENCODER, SIDE, drawing_run, stages
 
 LABELS = tuple(" ".join(pair) for pair in prompts.pairs(held_out=False))
 DRAWING = Drawing(steps=30, guidance=4.0, seed=0)
+EXPECT = {"seen/objects": Bar(value=0.85, chance=1 / len(LABELS))}
 
 
 def painter() -> DiT:
@@ -49,14 +50,5 @@ def asked(count: int) -> list[Prompt]:
 def run(
     steps: tuple[int, int, int] = (700, 6000, 400), rows: tuple[int, int, int] = (16, 32, 16), *, count: int = 120
 ) -> Run:
-    return Run(
-        name="nano-dit",
-        header=Header(
-            command="polymodal train recipes/nano/draw_dit.py --out runs/nano-dit",
-            machine="1 CPU core with AVX512-BF16", time="not yet run to its end", expected="the bar of `expect`",
-        ),
-        model=lambda: Learner(painter()),
-        stages=stages(classes, steps, rows, kind="one", trainable=["painter.backbone"]),
-        evaluate=lambda model: evaluate(model, {"seen": asked(count)}, DRAWING),
-        expect={"seen/objects": Bar(value=0.85, chance=1 / len(LABELS))},
-    )  # fmt: skip
+    todo = stages(classes, steps, rows, kind="one", trainable=["painter.backbone"])
+    return drawing_run("dit", painter, todo, {"seen": asked(count)}, DRAWING, EXPECT)

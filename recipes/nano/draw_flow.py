@@ -22,15 +22,13 @@ from polymodal.data.worlds.prompts import Prompt
 from polymodal.nn.norm import RMS
 from polymodal.samplers.flow import Flow
 from polymodal.systems.sd3 import SD3, SD3Config
-from polymodal.train.run import Header, Run
+from polymodal.train.run import Run
 from recipes.nano.painted import (
     AUTOENCODER,
     DIM,
-    EXPECT,
     SIDE,
-    Learner,
-    asked,
-    evaluate,
+    asked_both,
+    drawing_run,
     stages,
     text_tower,
     tokenizer,
@@ -66,15 +64,5 @@ def both(wanted: Sequence[Prompt], pixels: Tensor) -> Batch:
 def run(
     steps: tuple[int, int, int] = (700, 6000, 400), rows: tuple[int, int, int] = (16, 32, 16), *, count: int = 120
 ) -> Run:
-    wanted = {"unseen": asked(count, held_out=True), "seen": asked(count, held_out=False)}
-    return Run(
-        name="nano-flow",
-        header=Header(
-            command="polymodal train recipes/nano/draw_flow.py --out runs/nano-flow",
-            machine="1 CPU core with AVX512-BF16", time="not yet run to its end", expected="the bars of `expect`",
-        ),
-        model=lambda: Learner(painter()),
-        stages=stages(both, steps, rows, trainable=["painter.clip", "painter.clip_large", "painter.backbone"]),
-        evaluate=lambda model: evaluate(model, wanted, DRAWING),
-        expect=EXPECT,
-    )  # fmt: skip
+    todo = stages(both, steps, rows, trainable=["painter.clip", "painter.clip_large", "painter.backbone"])
+    return drawing_run("flow", painter, todo, asked_both(count), DRAWING)

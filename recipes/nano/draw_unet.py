@@ -18,15 +18,13 @@ from polymodal.backbones.unet import Level, Transformers, UNetConfig
 from polymodal.core.drawing import Drawing
 from polymodal.samplers.diffusion import Diffusion, DPMSolver
 from polymodal.systems.stable_diffusion import StableDiffusion, StableDiffusionConfig
-from polymodal.train.run import Header, Run
+from polymodal.train.run import Run
 from recipes.nano.painted import (
     AUTOENCODER,
     DIM,
-    EXPECT,
     SIDE,
-    Learner,
-    asked,
-    evaluate,
+    asked_both,
+    drawing_run,
     stages,
     text_tower,
     tokenizer,
@@ -60,15 +58,4 @@ def painter() -> StableDiffusion:
 
 
 def run(steps: tuple[int, int, int] = STEPS, rows: tuple[int, int, int] = ROWS, *, count: int = ASKED) -> Run:
-    wanted = {"unseen": asked(count, held_out=True), "seen": asked(count, held_out=False)}
-    return Run(
-        name="nano-unet",
-        header=Header(
-            command="polymodal train recipes/nano/draw_unet.py --out runs/nano-unet",
-            machine="1 CPU core with AVX512-BF16", time="not yet run to its end", expected="the bars of `expect`",
-        ),
-        model=lambda: Learner(painter()),
-        stages=stages(words, steps, rows),
-        evaluate=lambda model: evaluate(model, wanted, DRAWING),
-        expect=EXPECT,
-    )  # fmt: skip
+    return drawing_run("unet", painter, stages(words, steps, rows), asked_both(count), DRAWING)

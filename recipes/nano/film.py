@@ -16,7 +16,7 @@ latents drawn to a deviation of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -33,6 +33,7 @@ from polymodal.core.batch import Batch, Loss, text_batch
 from polymodal.core.filming import Filming
 from polymodal.core.interval import wilson
 from polymodal.data.worlds import clips
+from polymodal.modalities.generated import to_uint8
 from polymodal.nn.norm import RMS
 from polymodal.nn.rope import AxialRope
 from polymodal.systems.flow_painter import T5_END
@@ -40,6 +41,7 @@ from polymodal.systems.sora import Sora, SoraConfig
 from polymodal.tokenizers.cosmos import CosmosNetConfig
 from polymodal.tokenizers.language import LanguageTokenizer
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
+from recipes.nano.learners import Around
 
 STEPS, ROWS = (1500, 6000), (16, 32)
 SIDE, FRAMES, SPEED = 32, 9, 8  # pixels, frames, frames a second
@@ -76,8 +78,10 @@ def config() -> SoraConfig:
     )  # fmt: skip
 
 
-class Learner(nn.Module):
+class Learner(Around):
     """A film maker of which the autoencoder learns from films alone, and the rest from films with captions."""
+
+    inner = "maker"
 
     def __init__(self, maker: Sora) -> None:
         super().__init__()
@@ -96,15 +100,6 @@ class Learner(nn.Module):
         spread = latents.square().mean().sqrt()
         total = error + SPREAD * (spread - 1).square()
         return Loss(batch.size * total, batch.size, {"error": error.detach(), "spread": spread.detach()})
-
-    def after_step(self, step: int, total_steps: int) -> None:
-        self.maker.after_step(step, total_steps)
-
-    def no_decay(self) -> Iterable[str]:
-        return (f"maker.{name}" for name in self.maker.no_decay())
-
-    def blocks(self) -> Iterable[nn.Module]:
-        return self.maker.blocks()
 
 
 def model() -> Learner:
@@ -164,13 +159,13 @@ def evaluate(trained: nn.Module, *, asked: int = ASKED, steps: int = 20) -> dict
         wanted = [clips.item(split, i, seed=SEED, frames=FRAMES, size=SIDE) for i in range(asked)]
         filming = [Filming(seed=i, steps=steps, guidance=4.0, fps=SPEED) for i in range(asked)]
         films = [maker.film(one.caption, how) for one, how in zip(wanted, filming, strict=True)]
-        shown = [(film * 255).round().byte().movedim(1, -1).numpy() for film in films]
+        shown = [to_uint8(film) for film in films]
         found[f"{split}/direction"] = np.mean([right(f, w) for f, w in zip(shown, wanted, strict=True)]).item()
         if split == "unseen":
             found["unseen/least"] = wilson(round(found["unseen/direction"] * asked), asked).low
             found["astray/direction"] = np.mean([astray(f, w) for f, w in zip(shown, wanted, strict=True)]).item()
             again = [maker.decode_clip(maker.encode_clip(pixels([w.frames])[0].movedim(0, 1))) for w in wanted]
-            coded = [((f / 2 + 0.5).clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy() for f in again]
+            coded = [to_uint8(f / 2 + 0.5) for f in again]
             found["coded/direction"] = np.mean([right(f, w) for f, w in zip(coded, wanted, strict=True)]).item()
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TypeAlias
@@ -21,12 +21,14 @@ from polymodal.data.worlds.shapes_reader import read
 from polymodal.encoders.clip_text import CLIPTextConfig
 from polymodal.encoders.text import TextConfig
 from polymodal.evaluate.faithfulness import Faithfulness, faithfulness
+from polymodal.modalities.generated import to_uint8
 from polymodal.systems.latent_painting import LatentPainter
 from polymodal.tokenizers.pyramid import PyramidConfig
 from polymodal.tokenizers.text import TextTokenizer
 from polymodal.tokenizers.vae import VAEConfig, vae_loss
-from polymodal.train.run import Bar, Cosine, Stage
+from polymodal.train.run import Bar, Cosine, Header, Run, Stage
 from recipes.nano.averaging import averaging_
+from recipes.nano.learners import Around
 
 SIDE = 48  # of a picture, in pixels
 CONTEXT = 20  # the longest text in tokens
@@ -96,8 +98,10 @@ def text_tower() -> CLIPTextConfig:
     return CLIPTextConfig(tower=tower, eot_id=size - 1)
 
 
-class Learner(nn.Module):
+class Learner(Around):
     """A painter and its autoencoder, which learns wherever there are pictures alone."""
+
+    inner = "painter"
 
     def __init__(self, painter: LatentPainter) -> None:
         super().__init__()
@@ -112,19 +116,10 @@ class Learner(nn.Module):
         noise = torch.randn(len(pixels), *vae.shape((pixels.shape[3], pixels.shape[2])), device=pixels.device)
         return vae_loss(vae, pixels, noise, divergence=DIVERGENCE)
 
-    def after_step(self, step: int, total_steps: int) -> None:
-        self.painter.after_step(step, total_steps)
-
-    def no_decay(self) -> Iterable[str]:
-        return (f"painter.{name}" for name in self.painter.no_decay())
-
-    def blocks(self) -> Iterable[nn.Module]:
-        return self.painter.blocks()
-
 
 def stages(
     told: Told, steps: tuple[int, int, int], rows: tuple[int, int, int], *, kind: Kind | None = None,
-    trainable: Sequence[str] = ("painter.text", "painter.backbone"), lr: float = 1e-3,
+    trainable: Sequence[str] = ("painter.text", "painter.backbone"),
 ) -> list[Stage]:  # fmt: skip
     """The autoencoder, the painter, and the autoencoder's decoder once more, which the painter does not notice."""
     stage = partial(Stage, weight_decay=0.01, ema=0.999, workers=1)
@@ -134,7 +129,7 @@ def stages(
             schedule=Cosine(warmup=min(100, steps[0])), trainable={"painter.vae": 1.0},
         ),
         stage(
-            name="painter", steps=steps[1], batch_size=rows[1], source=partial(Scenes, told, kind), lr=lr,
+            name="painter", steps=steps[1], batch_size=rows[1], source=partial(Scenes, told, kind), lr=1e-3,
             precision="auto", schedule=Cosine(warmup=min(100, steps[1])), betas=(0.9, 0.99),
             trainable=dict.fromkeys(trainable, 1.0),
         ),
@@ -155,6 +150,11 @@ def asked(count: int, *, held_out: bool) -> list[Prompt]:
     return [prompts.prompt(rng, kind=kinds[i % 3], held_out=held_out) for i in range(count)]
 
 
+def asked_both(count: int) -> dict[str, list[Prompt]]:
+    """So many texts of pairs that training holds back, and of those that it shows."""
+    return {"unseen": asked(count, held_out=True), "seen": asked(count, held_out=False)}
+
+
 def paint(
     painter: Draws, wanted: Sequence[Prompt], drawing: Drawing, *, rows: int = 32
 ) -> Float[Tensor, "pictures 3 side side"]:
@@ -165,7 +165,7 @@ def paint(
 
 def judged(pictures: Float[Tensor, "pictures 3 side side"], wanted: Sequence[Prompt]) -> Faithfulness:
     """Whether pictures show what was asked for, by the exact reader."""
-    seen = [read(one) for one in (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()]
+    seen = [read(one) for one in to_uint8(pictures)]
     return faithfulness(seen, wanted)
 
 
@@ -185,3 +185,22 @@ def evaluate(model: nn.Module, wanted: Mapping[str, Sequence[Prompt]], drawing: 
             scores["shuffled"] = judged(pictures.roll(3, 0), texts)  # of three kinds by turns: of the same one
         found |= {f"{of}/{what}": one.value for of, score in scores.items() for what, one in score.estimates().items()}
     return found
+
+
+def drawing_run(
+    name: str, painter: Callable[[], LatentPainter], stages: Sequence[Stage], wanted: Mapping[str, Sequence[Prompt]],
+    drawing: Drawing, expect: Mapping[str, Bar] = EXPECT,
+) -> Run:  # fmt: skip
+    """The run of the recipe ``draw_<name>``."""
+    return Run(
+        name=f"nano-{name}",
+        header=Header(
+            command=f"polymodal train recipes/nano/draw_{name}.py --out runs/nano-{name}",
+            machine="1 CPU core with AVX512-BF16", time="not yet run to its end",
+            expected=f"the {'bars' if len(expect) > 1 else 'bar'} of `expect`",
+        ),
+        model=lambda: Learner(painter()),
+        stages=stages,
+        evaluate=lambda model: evaluate(model, wanted, drawing),
+        expect=expect,
+    )  # fmt: skip

@@ -13,7 +13,6 @@ expected  see `expect` below: none is reached (docs/decisions.md 30); a blind ru
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -51,6 +50,7 @@ from recipes.nano.asked import (
     tokenizer,
     vocabulary,
 )
+from recipes.nano.learners import Around
 
 STEPS = (3200, 6000, 2000)
 NAMING = 0.3  # what six names of a patch weigh beside an answer
@@ -78,13 +78,15 @@ def config() -> ComposedConfig:
     )  # fmt: skip
 
 
-class Learner(nn.Module):
+class Learner(Around):
     """A system and, while it learns to see, what it takes to name its patches: the ``names`` of a batch.
 
     The vector that the connector makes of a patch is compared with the language model's own embeddings of the words
     that a map knows, so what it says of shape, colour and letter is said in words. What comes second or next and where
     a middle is would clash with that; a matrix each turns them away.
     """
+
+    inner = "vlm"
 
     def __init__(self, vlm: Composed) -> None:
         super().__init__()
@@ -121,15 +123,6 @@ class Learner(nn.Module):
             named = known[right] != empty
             metrics[name] = ((scores.detach().argmax(1) == right) & named).sum() / named.sum().clamp_min(1)
         return Loss(total=total * len(patches), weight=len(patches), metrics=metrics)
-
-    def after_step(self, step: int, total_steps: int) -> None:
-        self.vlm.after_step(step, total_steps)
-
-    def no_decay(self) -> Iterable[str]:
-        return (f"vlm.{name}" for name in self.vlm.no_decay())
-
-    def blocks(self) -> Iterable[nn.Module]:
-        return self.vlm.blocks()
 
 
 def model() -> nn.Module:

@@ -10,7 +10,7 @@ expected  see `expect` below: words that are right on voices and sentences never
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 
@@ -36,6 +36,7 @@ from polymodal.systems.whisper_files import speech_tokens
 from polymodal.tokenizers.language import LanguageTokenizer
 from polymodal.tokenizers.speech import train_speech_bpe
 from polymodal.train.run import Bar, Cosine, Header, Run, Stage
+from recipes.nano.learners import Around
 
 STEPS, BATCH = (2000, 4000), 16  # spelling alone, then listening
 POOL = 12_000  # utterances that are rendered, each of which is heard a few times
@@ -80,12 +81,14 @@ def whisper() -> Whisper:
     return system
 
 
-class Learner(nn.Module):
+class Learner(Around):
     """A Whisper and, while it learns, a layer that spells the sentence from the encoder alone (CTC).
 
     That finds the words in the sound before there is any attention to them (Watanabe et al. 2017); the layer is not
     kept.
     """
+
+    inner = "listener"
 
     def __init__(self, listener: Whisper) -> None:
         super().__init__()
@@ -112,15 +115,6 @@ class Learner(nn.Module):
             total=said.total + spelling * said.weight, weight=said.weight,
             metrics={**said.metrics, "spelling": spelling.detach()},
         )  # fmt: skip
-
-    def after_step(self, step: int, total_steps: int) -> None:
-        self.listener.after_step(step, total_steps)
-
-    def no_decay(self) -> Iterable[str]:
-        return (f"listener.{name}" for name in self.listener.no_decay())
-
-    def blocks(self) -> Iterable[nn.Module]:
-        return self.listener.blocks()
 
 
 # ---- what it hears

@@ -12,7 +12,7 @@ expected  see `worlds.BARS`: after a second nearer to the truth than the last fr
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ from polymodal.tokenizers.pyramid import PlainConfig
 from polymodal.tokenizers.vq import VQConfig
 from polymodal.train.run import Cosine, Header, Run, Stage
 from recipes.nano import worlds
+from recipes.nano.learners import Around
 
 STEPS, ROWS = (2000, 2500), (64, 16)  # of frames, of films
 VISION = VQConfig(
@@ -45,8 +46,10 @@ CONFIG = IrisConfig(
 )  # fmt: skip
 
 
-class Learner(nn.Module):
+class Learner(Around):
     """An Iris, whose tokenizer learns from ``pixels`` alone, and the rest from films."""
+
+    inner = "world"
 
     def __init__(self, world: Iris) -> None:
         super().__init__()
@@ -58,15 +61,6 @@ class Learner(nn.Module):
             return self.world.loss(batch)
         made, coded = self.world.vision(batch["pixels"])
         return Loss(total=batch.size * (F.l1_loss(made, batch["pixels"]) + coded.penalty), weight=batch.size)
-
-    def after_step(self, step: int, total_steps: int) -> None:
-        self.world.after_step(step, total_steps)
-
-    def no_decay(self) -> Iterable[str]:
-        return (f"world.{name}" for name in self.world.no_decay())
-
-    def blocks(self) -> Iterable[nn.Module]:
-        return self.world.blocks()
 
 
 @dataclass(frozen=True)

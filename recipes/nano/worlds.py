@@ -22,6 +22,7 @@ from polymodal.core.observation import Observation
 from polymodal.core.verbs import Imagines
 from polymodal.data.worlds import clips
 from polymodal.evaluate.rollouts import Growth, Linear, copy_last, counterfactual, growth
+from polymodal.modalities.generated import to_uint8
 from polymodal.systems.imagining import WorldModel
 from polymodal.train.run import Bar
 
@@ -174,8 +175,7 @@ def driven(model: Imagines, index: int) -> tuple[float, float]:
     goal = np.clip(start + np.where(start < 0.5, 0.25, -0.25), 0.2, 0.8)
 
     def price(films: Tensor) -> np.ndarray:
-        last = (films[:, -1] * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        places = np.stack([clips.track(frame[None], colour)[0] for frame in last])
+        places = np.stack([clips.track(frame[None], colour)[0] for frame in to_uint8(films[:, -1])])
         return np.nan_to_num(np.linalg.norm(places - goal, axis=1), nan=2.0)
 
     search = Search(low=(-FASTEST,) * 2, high=(FASTEST,) * 2, steps=3, plans=12, rounds=2, best=3, held=3)

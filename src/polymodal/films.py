@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from polymodal.core.files import check_target
 from polymodal.core.filming import Filming
 from polymodal.core.verbs import Films
 from polymodal.modalities.film import check_av
-from polymodal.modalities.generated import read_settings, write_generated_film
+from polymodal.modalities.generated import check_settings, read_settings, to_uint8, write_generated_film
 from polymodal.pictures import Given, called, clean, pixels_of
 from polymodal.systems.base import System
 
@@ -123,7 +123,7 @@ def film(
         fps=f.fps, steps=f.steps, guidance=float(f.guidance), motion=f.motion,
         image=None if given is None else given.name,
     )  # fmt: skip
-    return Film((frames * 255).round().byte().movedim(1, -1).numpy(), made)
+    return Film(to_uint8(frames), made)
 
 
 def settings_of(path: str | Path) -> MadeFilm:
@@ -133,14 +133,10 @@ def settings_of(path: str | Path) -> MadeFilm:
         MediaError: it says nothing of that, or what it says is broken.
     """
     raw = read_settings(path)
-    kinds: dict[str, Any] = {
-        **dict.fromkeys(("prompt", "model", "version"), str), "guidance": (int, float),
-        **dict.fromkeys(("seed", "width", "height", "frames", "fps", "steps"), int),
+    kinds: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("prompt", "model", "version"), (str,)), "guidance": (int, float),
+        **dict.fromkeys(("seed", "width", "height", "frames", "fps", "steps"), (int,)),
         "motion": (int, type(None)), "image": (str, type(None)),
     }  # fmt: skip
-    if set(raw) != {field.name for field in fields(MadeFilm)}:
-        raise MediaError(f"{path}: what it says of how it was made is not of this version of Polymodal, or broken")
-    wrong = [n for n, kind in kinds.items() if not isinstance(raw[n], kind) or isinstance(raw[n], bool)]
-    if wrong:
-        raise MediaError(f"{path}: what it says of how it was made is broken ({', '.join(wrong)})")
+    check_settings(path, raw, kinds)
     return MadeFilm(**raw)

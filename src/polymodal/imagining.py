@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image as PILImage
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from polymodal.data.lerobot import Demonstrations
 from polymodal.data.worlds import clips
 from polymodal.evaluate.rollouts import Growth, copy_last, growth
 from polymodal.films import check_mp4
-from polymodal.modalities.generated import write_generated_film
+from polymodal.modalities.generated import to_uint8, write_generated_film
 from polymodal.systems.base import System
 
 CLIPS_FPS: Final = 8.0  # of the world `clips`
@@ -152,17 +152,12 @@ def foresee(model: Imagines, happened: Happened, *, seed: int = 0, opposite: boo
 
     ours = growth(imagine, real, actions, context=context, seed=seed)
     if opposite:
-        actions = torch.cat([actions[:, : context - 1], -actions[:, context - 1 :]], 1)
-        imagine(real[:, :context], actions, seed=seed)
-    films = [_levels(each[0]) for each in made]
+        imagine(real[:, :context], torch.cat([actions[:, : context - 1], -actions[:, context - 1 :]], 1), seed=seed)
+    films = [to_uint8(each[0]) for each in made]
     return Foreseen(
         happened=happened, context=context, frames=films[0], opposite=films[1] if opposite else None, growth=ours,
-        copied=growth(copy_last, real, torch.from_numpy(happened.actions.copy())[None], context=context),
+        copied=growth(copy_last, real, actions, context=context),
     )  # fmt: skip
-
-
-def _levels(film: Float[Tensor, "time 3 height width"]) -> UInt8[np.ndarray, "time height width 3"]:
-    return (film * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def write_film(path: str | Path, foreseen: Sequence[Foreseen], model: System) -> Path:

@@ -12,7 +12,7 @@ import hashlib
 import math
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from polymodal.core.drawing import Drawing, Glimpse
 from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
 from polymodal.core.sample import Image
 from polymodal.core.verbs import Draws
-from polymodal.modalities.generated import read_settings, to_pil, write_generated
+from polymodal.modalities.generated import check_settings, read_settings, to_pil, write_generated
 from polymodal.modalities.image import decode
 from polymodal.systems.base import System
 
@@ -139,22 +139,17 @@ def settings_of(path: str | Path) -> Made | list[Made]:
 
 
 def _made(path: str | Path, raw: Any) -> Made:
-    kinds: dict[str, Any] = {
-        "prompt": str, "model": str, "negative": str, "version": str, "seed": int, "width": int, "height": int,
-        "steps": int, "guidance": (int, float), "rescale": (int, float), "strength": (int, float, type(None)),
-        **dict.fromkeys(("image", "mask", "control", "lora"), (str, type(None))), "interval": list,
-        "control_scale": (int, float, type(None)), "control_guess": (bool, type(None)),
+    kinds: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("prompt", "model", "negative", "version"), (str,)), "interval": (list,),
+        **dict.fromkeys(("seed", "width", "height", "steps"), (int,)),
+        **dict.fromkeys(("guidance", "rescale"), (int, float)),
+        **dict.fromkeys(("strength", "control_scale"), (int, float, type(None))),
+        **dict.fromkeys(("image", "mask", "control", "lora"), (str, type(None))), "control_guess": (bool, type(None)),
     }  # fmt: skip
-    if not isinstance(raw, dict) or set(raw) != {field.name for field in fields(Made)}:
-        raise MediaError(f"{path}: what it says of how it was made is not of this version of Polymodal, or broken")
-    wrong = [
-        name
-        for name, kind in kinds.items()
-        if not isinstance(raw[name], kind) or (isinstance(raw[name], bool) and name != "control_guess")
-    ]
-    ends = raw["interval"] if isinstance(raw["interval"], list) else []
-    if wrong or len(ends) != 2 or not all(isinstance(end, int | float) for end in ends):
-        raise MediaError(f"{path}: what it says of how it was made is broken ({', '.join(wrong) or 'interval'})")
+    check_settings(path, raw, kinds)
+    ends = raw["interval"]
+    if len(ends) != 2 or not all(isinstance(end, int | float) for end in ends):
+        raise MediaError(f"{path}: what it says of how it was made is broken (interval)")
     return Made(**{**raw, "interval": (float(ends[0]), float(ends[1]))})
 
 

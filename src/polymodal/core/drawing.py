@@ -78,6 +78,16 @@ def any_seed() -> int:
     return random.SystemRandom().randrange(2**31)
 
 
+def check_sides(makes: str, size: tuple[int, int], multiple: int) -> None:
+    """Raises a `ConfigError` where a side is no multiple of so many pixels; ``makes``: who does what with sides."""
+    if any(side % multiple for side in size):
+        near = [max(multiple, round(side / multiple) * multiple) for side in size]
+        raise ConfigError(
+            f"{makes} sides that are multiples of {multiple} pixels, not {size[0]} x {size[1]}; {near[0]} x {near[1]} "
+            "is near"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settled(Drawing):
     """A drawing of which nothing is left to the model.

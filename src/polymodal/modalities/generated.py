@@ -49,9 +49,14 @@ _PACKET: Final = """\
 _UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
+def to_uint8(pictures: Float[Tensor, "*batch 3 height width"]) -> UInt8[np.ndarray, "*batch height width 3"]:
+    """Pictures in [0, 1] with 8 bits a colour."""
+    return (pictures * 255).round().clamp(0, 255).byte().movedim(-3, -1).contiguous().cpu().numpy()
+
+
 def to_pil(picture: Float[Tensor, "3 height width"]) -> PILImage.Image:
     """A picture in [0, 1] with 8 bits a colour."""
-    return PILImage.fromarray((picture * 255).round().clamp(0, 255).byte().movedim(0, -1).contiguous().cpu().numpy())
+    return PILImage.fromarray(to_uint8(picture))
 
 
 def write_generated(
@@ -134,6 +139,19 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise MediaError(f"{path}: what it says of how it was made is broken")
     return settings
+
+
+def check_settings(path: str | Path, raw: Any, kinds: Mapping[str, tuple[type, ...]]) -> None:
+    """Whether what `read_settings` found has these names, each of one of its kinds, as JSON has them.
+
+    Raises:
+        MediaError: it has not. True and False are no numbers.
+    """
+    if not isinstance(raw, dict) or raw.keys() != kinds.keys():
+        raise MediaError(f"{path}: what it says of how it was made is not of this version of Polymodal, or broken")
+    wrong = [name for name, kind in kinds.items() if type(raw[name]) not in kind]
+    if wrong:
+        raise MediaError(f"{path}: what it says of how it was made is broken ({', '.join(wrong)})")
 
 
 def source_type(path: str | Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -200,6 +201,11 @@ class System(nn.Module):
         return next(self.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return next(p.dtype for p in self.parameters() if p.ndim > 1)
+
+    @property
     def fingerprint(self) -> str:
         """Hash of the weights, the config and the pre-processing."""
         if self._fingerprint is None or self.training:
@@ -216,6 +222,16 @@ class System(nn.Module):
         if mode:
             self._fingerprint = None  # the weights are about to change
         return super().train(mode)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A block in evaluation mode; behind it the mode is what it was before."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
 
 
 class Embedder(System):
@@ -279,19 +295,13 @@ class Embedder(System):
         out = torch.empty(len(todo), self.embedding_dim)
         kinds = [type(s.parts[0]) for s in todo]
         groups = [[i for i, kind in enumerate(kinds) if kind is each] for each in dict.fromkeys(kinds)]
-        was_training = self.training
-        if was_training:
-            self.eval()
-        try:
+        with self.evaluating():
             for group in groups:
                 for start in range(0, len(group), batch_size):
                     rows = group[start : start + batch_size]
                     out[rows] = self.encode(self.prepare([todo[i] for i in rows])).cpu()
                     if progress is not None:
                         progress(len(rows))
-        finally:
-            if was_training:
-                self.train()
         return out
 
 

@@ -38,7 +38,7 @@ from polymodal.core.batch import Batch, Loss
 from polymodal.core.errors import ConfigError
 from polymodal.core.verbs import TensorSpec
 from polymodal.heads.diffusion import edm_loss
-from polymodal.nn.edm import Preconditioning
+from polymodal.nn.edm import Preconditioning, broad
 from polymodal.nn.time import Embedder
 from polymodal.samplers.diffusion import Euler
 from polymodal.samplers.edm import Karras
@@ -154,8 +154,8 @@ class Diamond(WorldModel):
     def forward(self, batch: Batch) -> Float[Tensor, "batch 3 height width"]:
         """What the network says of the frame behind the first ``history``, with ``noise`` of ``deviation`` on it."""
         n, scaling, deviation = self.history, self.config.noise, batch["deviation"]
-        noisy = batch["frames"][:, n] + deviation.view(-1, 1, 1, 1) * batch["noise"]
-        noisy = scaling.reads(deviation).view(-1, 1, 1, 1) * noisy
+        noisy = batch["frames"][:, n] + broad(deviation, batch["noise"]) * batch["noise"]
+        noisy = broad(scaling.reads(deviation), noisy) * noisy
         return self.denoise(noisy, scaling.told(deviation), batch["frames"][:, :n], batch["actions"][:, :n])
 
     def loss(self, batch: Batch) -> Loss:
@@ -191,7 +191,7 @@ class Diamond(WorldModel):
 
             def model(x: Tensor, when: Tensor, known: Tensor = known, done: Tensor = done) -> Tensor:
                 scaling = self.config.noise
-                scaled = scaling.reads(when).view(-1, 1, 1, 1) * x
+                scaled = broad(scaling.reads(when), x) * x
                 return self.denoise(scaled, scaling.told(when), known, done).float()
 
             noise = dice(tuple(frames.shape[2:]), frames.device)

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from polymodal.core.drawing import Glimpse, any_seed
-from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
+from polymodal.core.drawing import Glimpse, any_seed, check_sides
+from polymodal.core.errors import MediaError, UnsupportedError
 from polymodal.core.filming import Filming, SettledFilm
 from polymodal.systems.base import System
 
@@ -42,21 +42,11 @@ class FilmMaker(System):
         """The frames of a film; ``watch`` is given the number of steps done and what makes the frames to expect."""
         raise NotImplementedError
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the weights."""
-        return next(p.dtype for p in self.parameters() if p.ndim > 1)
-
     def settled_film(self, filming: Filming, *, begun: tuple[int, int] | None = None) -> SettledFilm:
         """See `core.verbs.Films`."""
         f = filming
         size, frames = f.size or begun or self.size, f.frames or self.frames
-        if any(side % self.multiple for side in size):
-            near = [max(self.multiple, round(side / self.multiple) * self.multiple) for side in size]
-            raise ConfigError(
-                f"{type(self).__name__} films sides that are multiples of {self.multiple} pixels, not "
-                f"{size[0]} x {size[1]}; {near[0]} x {near[1]} is near"
-            )
+        check_sides(f"{type(self).__name__} films", size, self.multiple)
         if f.motion is not None and self.motion is None:
             raise UnsupportedError(f"{type(self).__name__} ({self.source}) is not told how much is to move")
         self.check_frames(frames)
@@ -87,13 +77,9 @@ class FilmMaker(System):
             if watch is not None:
                 watch(Glimpse(step=step, steps=f.steps, pictures=lambda: _seen(pixels())))
 
-        was_training = self.training
-        self.eval()
-        try:
+        with self.evaluating():
             begun = None if image is None else image[None].float().to(self.device) * 2 - 1
             return _seen(self.made(prompt, f, begun, tell))
-        finally:
-            self.train(was_training)
 
 
 def _seen(pixels: Tensor) -> Float[Tensor, "frames 3 height width"]:

@@ -75,13 +75,9 @@ class WorldModel(System):
         seeds: Sequence[int] = range(seed, seed + rows) if isinstance(seed, int) else list(seed)
         if len(seeds) != rows or min(seeds) < 0:
             raise ConfigError(f"seeds {seed} for {rows} films: one for each, and none is negative")
-        was_training = self.training
-        self.eval()
-        try:
+        with self.evaluating():
             inside = frames.to(self.device).float() * 2 - 1
             made = self.rolled(inside, self.scaled(actions.to(self.device).float()), seeds)
-        finally:
-            self.train(was_training)
         return (made.float().cpu() / 2 + 0.5).clamp(0, 1)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from polymodal.core.batch import Batch, Loss
-from polymodal.core.drawing import Drawing, Glimpse, Settled, any_seed
+from polymodal.core.drawing import Drawing, Glimpse, Settled, any_seed, check_sides
 from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
 from polymodal.core.sample import Sample
 from polymodal.heads.diffusion import diffusion_loss
@@ -166,23 +166,13 @@ class Painter(System):
 
     # -- drawing
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the weights."""
-        return next(p.dtype for p in self.parameters() if p.ndim > 1)
-
     def settled(self, drawing: Drawing, *, begun: tuple[int, int] | None = None, masked: bool = False) -> Settled:
         """See `core.verbs.Draws`."""
         d = drawing
         if begun is None and (masked or d.strength is not None):
             raise ConfigError("a mask and a strength are of a picture to begin with, and there is none")
         size = d.size or begun or self.size
-        if any(side % self.multiple for side in size):
-            near = [max(self.multiple, round(side / self.multiple) * self.multiple) for side in size]
-            raise ConfigError(
-                f"{type(self).__name__} paints sides that are multiples of {self.multiple} pixels, not "
-                f"{size[0]} x {size[1]}; {near[0]} x {near[1]} is near"
-            )
+        check_sides(f"{type(self).__name__} paints", size, self.multiple)
         guidance = self.guidance if d.guidance is None else d.guidance
         if d.of_guidance and self.embeds_guidance:
             name = f"{type(self).__name__} ({self.source})"
@@ -222,12 +212,8 @@ class Painter(System):
                 raise MediaError(f"the {name} has {across} x {down} pixels, what is painted {width} x {height}")
             if other is not None and len(other) not in (1, len(prompts)):
                 raise MediaError(f"{len(other)} pictures for {len(prompts)} prompts: the {name} is one, or one each")
-        was_training = self.training
-        self.eval()
-        try:
+        with self.evaluating():
             return self._draw(prompts, d, image, mask, control, watch)
-        finally:
-            self.train(was_training)
 
     def _draw(
         self, prompts: Sequence[str], d: Settled, image: Tensor | None, mask: Tensor | None, control: Tensor | None,
