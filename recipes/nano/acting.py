@@ -178,13 +178,13 @@ class Ready:
     """Lessons that were made at once: of single steps, the bookkeeping can cost as much as the training."""
 
     def __init__(self, lessons: Batch) -> None:
-        self._lessons = lessons
+        self.lessons = lessons
 
     def __len__(self) -> int:
-        return self._lessons.size
+        return self.lessons.size
 
     def batch(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
-        return self._lessons.take(indices)
+        return self.lessons.take(indices)
 
 
 def at_once(policy: Policy, shown: Demonstrations) -> Ready:

@@ -19,6 +19,7 @@ from polymodal.act.envs.tabletop import Tabletop
 from polymodal.act.guard import Guard
 from polymodal.act.runner import Report
 from polymodal.act.runner import run as run_loop
+from polymodal.core.batch import Batch
 from polymodal.core.verbs import Acts
 from polymodal.encoders.trunk import StateTrunk
 from polymodal.recording import demonstrate
@@ -28,17 +29,18 @@ from recipes.nano.acting import TRIED, Demonstrations, Ready, at_once, fresh
 
 
 class Pointed(Tabletop):
-    """The table-top whose state says where the thing is that is named, and (pick-place) the plate."""
+    """The table-top whose state says where the thing is that is named; of pick-place also where the plate is, and where
+    the hand was told to be, which the expert goes by."""
 
     def __init__(self, task: str) -> None:
-        places = ("thing.x", "thing.y", "thing.z", "plate.x", "plate.y")
-        self.state_names = (*Tabletop.state_names, *places[: 3 if task.startswith("reach") else 5])
+        places = ("thing.x", "thing.y", "thing.z", "plate.x", "plate.y", "told.x", "told.y", "told.z")
+        self.state_names = (*Tabletop.state_names, *places[: 3 if task.startswith("reach") else 8])
         super().__init__(task, cameras=())
 
     def state(self) -> np.ndarray:
         thing = self.data.xpos[self.things[self.told.colour, self.told.kind]]
-        plate = () if self.told.place is None else self._plate(self.told.place)
-        return np.array([*super().state(), *thing, *plate], np.float32)
+        more = () if self.told.place is None else (*self._plate(self.told.place), *self.target)
+        return np.array([*super().state(), *thing, *more], np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,14 @@ class Stated:
 
     def lessons(self) -> Ready:
         return at_once(self.policy(), self.demonstrations())
+
+    def lessons_of_carrying(self) -> Ready:
+        """Those of pick-place, and what was done in each: the way of the target, in which the noise is."""
+        policy, shown = self.policy(), self.demonstrations()
+        done, stayed = shown.actions.copy(), shown.episode[1:] == shown.episode[:-1]
+        done[:-1, :3][stayed] = np.diff(shown.states[:, -3:], axis=0)[stayed]
+        ahead, _ = shown.ahead(self.horizon)
+        return Ready(Batch(at_once(policy, shown).lessons, done=policy.to_network(torch.from_numpy(done[ahead]))))
 
     def trial(
         self, policy: Acts, episodes: int, way: Way | None = None, *, seed: int = TRIED

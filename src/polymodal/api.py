@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from polymodal.core.errors import ConfigError, did_you_mean
 from polymodal.core.files import read_json
-from polymodal.nn.precision import Precision
+from polymodal.core.precision import Precision
 from polymodal.systems import TABLE
 from polymodal.weights.hub import resolve
 from polymodal.weights.pipeline import INDEX

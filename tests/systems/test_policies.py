@@ -227,6 +227,34 @@ def test_tiles_are_seen_where_they_are_and_steered_by_words() -> None:
     assert float((done - torch.tensor(wanted)).abs().max()) < 0.5
 
 
+def test_a_flow_that_learned_given_beginnings_makes_up_for_them() -> None:
+    """A robot on a line whose hand is pushed, and which wants to be at zero: half of the way a step."""
+    torch.manual_seed(0)
+    head = Flow(hidden_dim=64, num_layers=1, given=2).build(8, 4, 1)
+    head.init_weights()
+    optimizer = torch.optim.Adam(head.parameters(), lr=5e-3)
+    for _ in range(400):
+        place, wanted, done = torch.rand(128, 1) * 2 - 1, list[torch.Tensor](), list[torch.Tensor]()
+        start = place
+        for _ in range(4):
+            wanted.append(-place / 2)
+            done.append(wanted[-1] + 0.3 * torch.randn(128, 1))
+            place = place + done[-1]
+        mask = torch.ones(128, 4, 1, dtype=torch.bool)
+        loss = head.loss(start.expand(-1, 8), torch.stack(wanted, 1), mask, torch.stack(done, 1))
+        optimizer.zero_grad()
+        loss.mean.backward()
+        optimizer.step()
+    starts, given = torch.rand(200, 1) * 2 - 1, 0.5 * torch.randn(200, 3, 1)
+    with torch.no_grad():
+        chunk = head.go_on(starts.expand(-1, 8), given, 2, torch.Generator().manual_seed(1))
+    assert torch.equal(chunk[:, :2], given[:, :2])
+    there = starts + given[:, :2].sum(1)
+    assert (chunk[:, 2] + there / 2).abs().mean() < 0.5 * (there / 2).abs().mean()
+    with pytest.raises(ConfigError, match=r"3 steps late, .* go on from 2: train it with Flow\(given=3\)"):
+        head.go_on(starts.expand(-1, 8), given, 3)
+
+
 def test_a_flow_goes_on_from_a_chunk_and_other_heads_say_that_they_cannot() -> None:
     model = ready("behaviour_cloning", Flow(steps=20))
     assert_continues(model)

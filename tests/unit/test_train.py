@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from polymodal.core.errors import ConfigError, DataError, MissingDependency, TrainError
-from polymodal.nn.precision import fast_bf16
+from polymodal.core.precision import fast_bf16
 from polymodal.train import Bar, Constant, Cosine, Linear, Run, Stage, fit, load_run
 from polymodal.train import loop as loop_module
 from polymodal.train.log import read_curve

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -84,21 +85,28 @@ class Playback:
     Attributes:
         delays: of each chunk that was computed beside another, in control steps.
         stalls: how often the robot had nothing to do, and waited.
-        borders: change of the action where one chunk follows another, as a length in the robot's units.
+        borders: change of each number of the action where one chunk follows another, in the robot's units.
         insides: the same between the actions of one chunk.
     """
 
     delays: list[int] = field(default_factory=list)
     stalls: int = 0
-    borders: list[float] = field(default_factory=list)
-    insides: list[float] = field(default_factory=list)
+    borders: list[Action] = field(default_factory=list)
+    insides: list[Action] = field(default_factory=list)
 
     @property
     def jump(self) -> float:
-        """How much more an action changes from chunk to chunk than within one; NaN where there was no border."""
-        if not self.borders or not self.insides:
-            return math.nan
-        return float(np.mean(self.borders)) / max(float(np.mean(self.insides)), 1e-12)
+        """How much more an action changes, as a length, from chunk to chunk than within one; NaN without a border."""
+        return jump([self])
+
+
+def jump(played: Sequence[Playback], numbers: slice = slice(None)) -> float:
+    """`Playback.jump` over episodes, of some of an action's ``numbers``: metres and openings do not add up."""
+    borders = [np.linalg.norm(change[numbers]) for one in played for change in one.borders]
+    insides = [np.linalg.norm(change[numbers]) for one in played for change in one.insides]
+    if not borders or not insides:
+        return math.nan
+    return float(np.mean(borders)) / max(float(np.mean(insides)), 1e-12)
 
 
 class Player:
@@ -183,8 +191,7 @@ class Player:
 
     def _measure(self, begin: int, action: Action) -> None:
         if self._last is not None:
-            length = float(np.linalg.norm(action - self._last[1]))
-            (self.played.insides if begin == self._last[0] else self.played.borders).append(length)
+            (self.played.insides if begin == self._last[0] else self.played.borders).append(action - self._last[1])
         self._last = (begin, action)
 
     # -- several chunks for one step

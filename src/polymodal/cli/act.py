@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from polymodal.act.envs.base import RobotEnv
     from polymodal.act.limits import Limits
     from polymodal.act.novelty import Novelty
+    from polymodal.core.precision import Precision
     from polymodal.core.verbs import Acts
-    from polymodal.nn.precision import Precision
 
 KEY = "POLYMODAL_KEY"  # the environment variable of a server's key: what a command line says, others on the machine see
 

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from polymodal.core.errors import ConfigError
+from polymodal.core.precision import Precision, fast_bf16
 
-Precision = Literal["auto", "fp32", "bf16"]
 M = TypeVar("M", bound=nn.Module)
 _Conv = nn.Conv1d | nn.ConvTranspose1d | nn.Conv2d | nn.Conv3d
 
 
 class FullPrecision(nn.Module):
     """A part that stays in fp32 whatever is around it."""
-
-
-def fast_bf16(device: torch.device | None = None) -> bool:
-    """Whether ``device``, by default the best of this machine, multiplies bf16 matrices faster than fp32 ones: a GPU
-    does, and a CPU with AVX512-BF16 or AMX.
-    """
-    if torch.cuda.is_available() if device is None else device.type != "cpu":
-        return True
-    if not callable(getattr(torch.cpu, "get_capabilities", None)):  # torch before 2.13 cannot say
-        cpu = Path("/proc/cpuinfo")
-        return cpu.is_file() and any(flag in cpu.read_text() for flag in ("avx512_bf16", "amx_bf16"))
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def cast(model: M, precision: Precision) -> M:

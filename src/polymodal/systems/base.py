@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from polymodal.core.batch import Batch, Loss
 from polymodal.core.errors import MediaError, UnsupportedError
 from polymodal.core.files import write_json
+from polymodal.core.precision import Precision
 from polymodal.core.sample import IMAGE_SUFFIXES, Sample, samples
 from polymodal.core.verbs import TensorSpec
 from polymodal.heads.contrastive import ContrastiveHead, SigmoidHead
 from polymodal.modalities.image import ImageProcessor, Processor, load_processor
-from polymodal.nn.precision import Precision, cast
+from polymodal.nn.precision import cast
 from polymodal.nn.skeleton import skeleton
 from polymodal.tokenizers.text import Pad, TextTokenizer
 from polymodal.weights.format import Format, Reference
@@ -226,12 +227,14 @@ class System(nn.Module):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """A block in evaluation mode; behind it the mode is what it was before."""
-        was_training = self.training
+        if not self.training:
+            yield
+            return
         self.eval()
         try:
             yield
         finally:
-            self.train(was_training)
+            self.train()
 
 
 class Embedder(System):

@@ -164,7 +164,10 @@ class BehaviourCloning(Policy):
         return (x.sum(1) / valid.sum(1, keepdim=True))[row]
 
     def loss(self, batch: Batch) -> Loss:
-        """The head's, summed over the numbers of actions that are valid; they are its weight."""
+        """The head's, summed over the numbers of actions that are valid; they are its weight.
+
+        ``done``, if it is there, is what the robot did where that is not what was wanted (`chunk_heads.Flow.given`).
+        """
         ids = batch["ids"]
         if self.training:
             hidden = torch.rand(ids.shape, device=ids.device) < HIDDEN
@@ -175,6 +178,8 @@ class BehaviourCloning(Policy):
         mask = batch["actions_valid"][..., None] & batch["actions_dims"][:, None]
         if isinstance(self.head, ChunkDenoiser):  # reads what it wrote: what nobody taught it would lead it astray
             mask = batch["actions_valid"][..., None].expand_as(mask)
+        if isinstance(self.head, FlowActions):
+            return self.head.loss(condition, batch["actions"], mask, batch.get("done"))
         return self.head.loss(condition, batch["actions"], mask)
 
     def chunk(

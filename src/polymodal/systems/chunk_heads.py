@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from polymodal.backbones.decoder import AttentionConfig, Decoder, DecoderConfig, Gated
 from polymodal.core.batch import IGNORE, Batch, Loss
+from polymodal.core.errors import ConfigError
 from polymodal.core.tokens import Modality
 from polymodal.core.tokens import Tokens as Sequence
 from polymodal.heads.action import BinsHead, L1Head, masked
 from polymodal.heads.denoiser import ChunkDenoiser
 from polymodal.heads.diffusion import diffusion_loss
-from polymodal.heads.flow import Beta, LogitNormal, Uniform, flow_loss
+from polymodal.heads.flow import Beta, LogitNormal, Uniform, Velocity, flow_loss
 from polymodal.heads.lm import ahead, next_token_loss
 from polymodal.nn.cache import KVCache
 from polymodal.nn.noise import Prediction, squared_cosine
@@ -113,11 +114,14 @@ class Flow:
 
     Attributes:
         steps: of Euler's method.
+        given: a chunk learns to begin with any number of given actions up to this one, as real-time chunking asks of it
+            (Black et al. 2025, https://arxiv.org/abs/2512.05964). With 0 it learns of none, and is pulled towards them.
     """
 
     hidden_dim: int = 256
     num_layers: int = 3
     steps: int = 10
+    given: int = 0
     times: Beta | Uniform | LogitNormal = field(default_factory=Beta)
 
     def build(self, dim: int, horizon: int, width: int) -> FlowActions:
@@ -130,13 +134,23 @@ class FlowActions(ChunkDenoiser):
     def __init__(self, config: Flow, dim: int, horizon: int, width: int) -> None:
         super().__init__(dim, horizon, width, hidden_dim=config.hidden_dim, num_layers=config.num_layers)
         self.config, self.shape = config, (horizon, width)
+        # How many are given, and which: as values of their own, for in a chunk they stand where there else is noise.
+        self.given = nn.Embedding(config.given + 1, dim) if config.given else None
+        self.before = nn.Linear(config.given * width, dim, bias=False) if config.given else None
 
-    def loss(self, condition: Condition, actions: Actions, mask: Mask) -> Loss:
-        return flow_loss(partial(self, condition=condition), actions, times=self.config.times, mask=mask)
+    def loss(self, condition: Condition, actions: Actions, mask: Mask, done: Actions | None = None) -> Loss:
+        """Of what is wanted, ``actions``; where noise moved the robot beside that, what was ``done`` is given."""
+        if self.given is None:
+            return flow_loss(partial(self, condition=condition), actions, times=self.config.times, mask=mask)
+        count = torch.randint(self.config.given + 1, (len(actions),), device=actions.device)
+        later = torch.arange(self.shape[0], device=actions.device) >= count[:, None]
+        velocity = self._after(actions if done is None else done, count, condition)
+        return flow_loss(velocity, actions, times=self.config.times, mask=mask & later[..., None])
 
     def predict(self, condition: Condition, generator: torch.Generator | None = None) -> Actions:
         noise = noise_for(condition, self.shape, generator)
-        return euler(partial(self, condition=condition), noise, steps=self.config.steps)
+        count = torch.zeros(len(noise), dtype=torch.int64, device=noise.device)
+        return euler(self._after(noise, count, condition), noise, steps=self.config.steps)
 
     def go_on(
         self,
@@ -145,9 +159,33 @@ class FlowActions(ChunkDenoiser):
         frozen: int,
         generator: torch.Generator | None = None,
     ) -> Actions:
-        """`predict`, but it begins as what is left of the chunk before (`samplers.flow.continued`)."""
-        noise, velocity = noise_for(condition, self.shape, generator), partial(self, condition=condition)
-        return continued(velocity, noise, previous, frozen, steps=self.config.steps)
+        """`predict`, but it begins as what is left of the chunk before (`samplers.flow.continued`). A flow that learned
+        to begin with what is given is pulled only towards the rest.
+
+        Raises:
+            ConfigError: more actions are given than it learned to go on from.
+        """
+        noise = noise_for(condition, self.shape, generator)
+        if self.given is not None and frozen > self.config.given:
+            raise ConfigError(
+                f"a chunk that is {frozen} steps late, and the policy learned to go on from {self.config.given}: "
+                f"train it with Flow(given={frozen})"
+            )
+        previous = previous.to(noise)
+        velocity = self._after(previous, torch.full((len(noise),), frozen, device=noise.device), condition)
+        chunk = continued(velocity, noise, previous, frozen, steps=self.config.steps)
+        return chunk if self.given is None else torch.cat([previous[:, :frozen], chunk[:, frozen:]], 1)
+
+    def _after(
+        self, done: Float[Tensor, "batch steps action_width"], count: Int[Tensor, " batch"], condition: Condition
+    ) -> Velocity:
+        """The velocity of chunks whose first actions, ``count`` of each row, are those of ``done``."""
+        if self.given is None or self.before is None:
+            return partial(self, condition=condition)
+        given = (torch.arange(self.shape[0], device=done.device) < count[:, None])[..., None]
+        done = F.pad(done, (0, 0, 0, self.shape[0] - done.shape[1])) * given
+        condition = condition + self.given(count) + self.before(done[:, : self.config.given].flatten(1))
+        return lambda x, t: self(torch.where(given, done, x), t, condition)
 
 
 @dataclass(frozen=True, kw_only=True)

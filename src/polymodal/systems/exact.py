@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from polymodal.core.errors import UnsupportedError
-from polymodal.nn.precision import Precision
+from polymodal.core.precision import Precision
 from polymodal.systems.base import System
 
 E = TypeVar("E", bound="ExactSystem")

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.core.errors import TrainError, did_you_mean
+from polymodal.core.precision import fast_bf16
 from polymodal.core.verbs import Trains
 from polymodal.data.loader import Item, Loader, shorten
-from polymodal.nn.precision import fast_bf16
 from polymodal.train import checkpoint, report
 from polymodal.train.checkpoint import State
 from polymodal.train.distributed import Parallel, Place, Single, agree, gradient_norm, join, local, parallelise

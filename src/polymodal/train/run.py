@@ -16,9 +16,9 @@ from typing import Any, TypeAlias, get_args
 from torch import nn
 
 from polymodal.core.errors import ConfigError, TrainError, did_you_mean
+from polymodal.core.precision import Precision
 from polymodal.core.verbs import Trains
 from polymodal.data.loader import Source
-from polymodal.nn.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
