@@ -3,7 +3,7 @@
 command   polymodal train recipes/nano/pick_place.py --out runs/nano-pick-place
 machine   1 CPU core
 time      75 minutes: 10 record, 60 train, the rest tries it out
-expected  see `BARS`; in closed loop, in scenes and wordings that were never shown
+expected  see `BARS`; in closed loop, in scenes and wordings that were never shown. Not reached: docs/decisions.md 71
 
 As `recipes.nano.reach`, and the two plates look alike: only their places say which is the left one. Some 2.4 GB of
 pictures are kept in memory, and twice as many while they are recorded.
