@@ -253,6 +253,9 @@ def test_a_flow_that_learned_given_beginnings_makes_up_for_them() -> None:
     assert (chunk[:, 2] + there / 2).abs().mean() < 0.5 * (there / 2).abs().mean()
     with pytest.raises(ConfigError, match=r"3 steps late, .* go on from 2: train it with Flow\(given=3\)"):
         head.go_on(starts.expand(-1, 8), given, 3)
+    for wrong in (-1, 4):
+        with pytest.raises(ConfigError, match=f"4 steps cannot learn to begin with {wrong} given"):
+            Flow(given=wrong).build(8, 4, 1)
 
 
 def test_a_flow_goes_on_from_a_chunk_and_other_heads_say_that_they_cannot() -> None:

@@ -134,6 +134,8 @@ class FlowActions(ChunkDenoiser):
     def __init__(self, config: Flow, dim: int, horizon: int, width: int) -> None:
         super().__init__(dim, horizon, width, hidden_dim=config.hidden_dim, num_layers=config.num_layers)
         self.config, self.shape = config, (horizon, width)
+        if not 0 <= config.given < horizon:
+            raise ConfigError(f"a chunk of {horizon} steps cannot learn to begin with {config.given} given ones")
         # How many are given, and which: as values of their own, for in a chunk they stand where there else is noise.
         self.given = nn.Embedding(config.given + 1, dim) if config.given else None
         self.before = nn.Linear(config.given * width, dim, bias=False) if config.given else None
