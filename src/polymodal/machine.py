@@ -151,7 +151,7 @@ def calibrate(seconds: float = 0.05) -> Machine:
             curves=_elementwise(torch.nn.functional.gelu, 2, seconds),
             products={
                 kind: tuple((held, _products(kind, held, seconds, moves, call)) for held in _SETS)
-                for kind in (*_DTYPES, *(_PACKED + name for name in _DTYPES if can_pack()), "int8")
+                for kind in (*_DTYPES, *(_PACKED + name for name, dtype in _DTYPES.items() if can_pack(dtype)), "int8")
             },
             attention={name: _attention(d, seconds) for name, d in _DTYPES.items()},
             convolution={name: _convolution(d, seconds) for name, d in _DTYPES.items()},

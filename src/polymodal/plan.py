@@ -338,7 +338,9 @@ class _Run:
         self.weights = _weight_bytes(self.model, int8=self.dtype == "int8")
         if self.dtype == "int8":
             self.dry.quantise(self.model)
-        elif can_pack() and not isinstance(self.model, Policy):  # as commands do
+        elif can_pack(torch.bfloat16 if self.dtype == "bf16" else torch.float32) and not isinstance(
+            self.model, Policy
+        ):  # as commands do
             self.dry.pack(self.model)
         self.given = settled(self.model, self.given)
 

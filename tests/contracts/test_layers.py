@@ -36,7 +36,7 @@ TOP, DOOR = "cli", "__main__.py"
 # Files of systems/ that are no systems, but what several of them share.
 SHARED = {
     "base", "generator", "tower", "qwen_vl", "reader", "crossed", "seq2seq", "prefix", "fused", "acting", "speaking",
-    "chunk_heads", "lerobot", "listening", "windows", "whisper_files", "wav2vec2_files", "clap_files",
+    "chunk_heads", "token_head", "lerobot", "listening", "windows", "whisper_files", "wav2vec2_files", "clap_files",
     "expert_policy", "expert_files", "codec", "seanet_codec", "picture_codec", "vqgan_files", "chameleon_files",
     "picture_writing", "painting", "scheduler_files", "vae_files", "latent_painting", "stable_diffusion_files",
     "flow_painter", "flow_files", "exact", "filming", "imagining", "unified",

@@ -98,7 +98,8 @@ def test_every_weight_that_trains_gets_a_gradient(name: str) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model.loss(nano_batch(model)).mean.backward()
     without = [key for key, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert without == []
+    # What TokenLearner adds to the scores of all places alike, its softmax over them takes away: rounding is left.
+    assert set(without) <= ({"connector.down_proj.bias"} if name == "rt1" else set())
     assert [key for key, p in model.named_parameters() if not p.requires_grad and p.grad is not None] == []
 
 

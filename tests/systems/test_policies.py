@@ -19,7 +19,8 @@ from polymodal.encoders.trunk import StateTrunk, TileTrunk
 from polymodal.modalities.action import Statistics
 from polymodal.nn.precision import cast
 from polymodal.systems.behaviour import BehaviourCloning, BehaviourConfig
-from polymodal.systems.chunk_heads import L1, Bins, Choice, Diffusion, Flow, Head, Tokens
+from polymodal.systems.chunk_heads import L1, Bins, Choice, Diffusion, Flow, Head
+from polymodal.systems.token_head import Tokens
 from polymodal.tokenizers.fast import FAST
 from tests.nano import NANO, nano, nano_batch
 

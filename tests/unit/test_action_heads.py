@@ -12,7 +12,8 @@ from polymodal.core.errors import ConfigError, MediaError
 from polymodal.encoders.keypoints import SpatialSoftmax
 from polymodal.heads.action import NUM_BINS, BinsHead, L1Head, bins, centres, masked
 from polymodal.nn.time import waves
-from polymodal.systems.chunk_heads import L1, Bins, Choice, Diffusion, Flow, Head, Tokens
+from polymodal.systems.chunk_heads import L1, Bins, Choice, Diffusion, Flow, Head
+from polymodal.systems.token_head import Tokens
 from polymodal.tokenizers.fast import FAST
 from polymodal.tokenizers.words import PAD, UNKNOWN, Words
 

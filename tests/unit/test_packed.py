@@ -20,6 +20,7 @@ from tests.nano import nano
 from tests.toy_lm import ToyLM, tokenizer
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this torch has no oneDNN")
+needs_bf16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no bf16 products")
 
 
 @given(rows=st.integers(0, 70), dim=st.integers(1, 40), out=st.integers(1, 40), bias=st.booleans())
@@ -29,6 +30,7 @@ def test_a_product_of_any_size(rows: int, dim: int, out: int, bias: bool) -> Non
     torch.testing.assert_close(got, layer(x).detach(), atol=1e-5, rtol=1e-5)
 
 
+@needs_bf16
 def test_the_precision_is_that_of_the_layer() -> None:
     layer, x = nn.Linear(64, 32).bfloat16(), torch.randn(5, 64, dtype=torch.bfloat16)
     got = PackedLinear(layer.weight, layer.bias)(x)
@@ -47,7 +49,7 @@ def test_every_linear_layer_is_replaced_and_the_greedy_tokens_stay() -> None:
         assert [answer.ids for answer in complete(model, model.prompt(chats), settings, words)] == plain
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_state_is_that_of_the_layer(dtype: torch.dtype, bias: bool) -> None:
     plain = nn.Sequential(nn.Linear(17, 33, bias=bias), nn.LayerNorm(33)).to(dtype)
@@ -69,3 +71,11 @@ def test_an_index_serves_a_packed_model_and_a_packed_model_can_be_saved(tmp_path
 def test_a_layer_elsewhere_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"0 is on meta: packed layers run on the CPU"):
         pack(nn.Sequential(nn.Linear(2, 2, device="meta")))
+
+
+@pytest.mark.skipif(can_pack(torch.bfloat16), reason="this CPU has bf16 products")
+def test_bf16_is_refused_where_the_cpu_has_no_products_of_it() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16())
+    with pytest.raises(ConfigError, match=r"cannot pack layers in torch\.bfloat16: load the model in fp32"):
+        pack(model)
+    assert type(model[0]) is nn.Linear  # nothing is replaced by halves

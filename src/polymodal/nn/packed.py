@@ -40,9 +40,11 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def can_pack() -> bool:
-    """Whether this build of torch has oneDNN's products."""
-    return torch.backends.mkldnn.is_available()
+def can_pack(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this build of torch has oneDNN's products, and this CPU those of ``dtype``."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pack(model: nn.Module) -> nn.Module:
@@ -52,8 +54,11 @@ def pack(model: nn.Module) -> nn.Module:
         model: built, loaded and cast, on a CPU. No second copy of a weight is kept.
 
     Raises:
-        ConfigError: a layer is not on the CPU, or this build of torch has no oneDNN.
+        ConfigError: a layer is not on the CPU, this build of torch has no oneDNN, or this CPU no products of bf16.
     """
     if not can_pack():
         raise ConfigError("packing needs oneDNN, which this build of torch does not have")
+    for module in model.modules():
+        if type(module) is nn.Linear and not can_pack(module.weight.dtype):
+            raise ConfigError(f"this CPU cannot pack layers in {module.weight.dtype}: load the model in fp32")
     return replace_linear(model, PackedLinear, "packed")

@@ -36,7 +36,8 @@ from polymodal.encoders.trunk import PixelEncoder, PixelTrunk, StateEncoder, Sta
 from polymodal.heads.denoiser import ChunkDenoiser
 from polymodal.modalities.image import HALF, Exact, ImageProcessor
 from polymodal.systems.acting import Policy
-from polymodal.systems.chunk_heads import L1, Bins, Choice, Diffusion, Flow, FlowActions, TokenActions, Tokens
+from polymodal.systems.chunk_heads import L1, Bins, Choice, Diffusion, Flow, FlowActions
+from polymodal.systems.token_head import TokenActions, Tokens
 from polymodal.tokenizers.fast import FAST
 from polymodal.tokenizers.words import PAD, UNKNOWN, Words
 from polymodal.weights.native import native_format
