@@ -106,8 +106,8 @@ class Cloning:
     def policy(self) -> BehaviourCloning:
         return fresh(self.task, self.demonstrations(), self.trunk, self.head, self.horizon)
 
-    def lessons(self) -> Lessons:
-        return Lessons(self.policy(), self.demonstrations(), framed)
+    def lessons(self, steps: np.ndarray | None = None) -> Lessons:
+        return Lessons(self.policy(), self.demonstrations(), framed, steps)
 
     def trials(self, model: nn.Module) -> dict[str, float]:
         """How often it succeeds in wordings that were never used, there with another target told than shown, too, and
@@ -147,22 +147,29 @@ def framed(told: str, rng: np.random.Generator) -> str:
 
 
 class Lessons:
-    """Every step of every demonstration, with the actions of the next steps; ``worded`` is what is said of each."""
+    """Steps of demonstrations, each with the actions of the next steps.
+
+    Args:
+        worded: what is said of each.
+        steps: numbers of those that are taught, one as often as it is there; all of them, if None.
+    """
 
     def __init__(
         self,
         policy: Policy,
         shown: Demonstrations,
         worded: Callable[[str, np.random.Generator], str] = as_told,
+        steps: np.ndarray | None = None,
     ) -> None:
         self._policy, self._shown, self._worded = policy, shown, worded
         self._ahead, self._valid = shown.ahead(policy.horizon)
+        self._steps = np.arange(len(shown.actions)) if steps is None else steps
 
     def __len__(self) -> int:
-        return len(self._shown.actions)
+        return len(self._steps)
 
     def batch(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
-        shown, rows = self._shown, list(indices)
+        shown, rows = self._shown, self._steps[list(indices)]
         seen = [
             Observation(
                 images={camera: pictures[row] for camera, pictures in shown.pictures.items()},

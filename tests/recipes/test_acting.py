@@ -42,6 +42,20 @@ def test_instructions_keep_their_words_in_any_frame() -> None:
     assert all("touch the red cube" in each for each in told)
 
 
+def test_the_way_to_the_thing_ends_where_the_hand_closes_and_is_half_of_the_lessons() -> None:
+    shown = TINY[1].demonstrations()
+    way, taught = pick_place.to_the_thing(shown), pick_place.balanced(shown)
+    for episode in range(4):
+        opening, mine = (
+            shown.actions[shown.episode == episode, 3],
+            np.isin(way, np.flatnonzero(shown.episode == episode)),
+        )
+        assert mine.sum() == np.argmin(opening) > 0
+    assert set(taught) == set(range(len(shown.actions)))
+    assert np.isin(taught, way).mean() == 0.5
+    assert len(TINY[1].lessons(way)) == len(way)
+
+
 def test_a_run_trains_and_is_tried_out(tmp_path: Path) -> None:
     result = fit(reach.run(TINY[0], steps=3, batch_size=8), tmp_path, device="cpu")
     assert result.finished

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -231,11 +232,11 @@ class Rule:
 
 def rule(theirs: str | Sequence[str], ours: str | Sequence[str], op: Op | Drop | Init | None = None) -> Rule:
     """A `Rule` from single names or sequences of names."""
+    return Rule(_names(theirs), _names(ours), op or Copy())
 
-    def pack(side: str | Sequence[str]) -> tuple[str, ...]:
-        return (side,) if isinstance(side, str) else tuple(side)
 
-    return Rule(pack(theirs), pack(ours), op or Copy())
+def _names(side: str | Sequence[str]) -> tuple[str, ...]:
+    return (side,) if isinstance(side, str) else tuple(side)
 
 
 def renames(theirs: str, ours: str, names: Mapping[str, str]) -> list[Rule]:
@@ -296,6 +297,7 @@ class Plan:
             yield from zip(step.ours, made, strict=True)
 
 
+@lru_cache(maxsize=2**14)  # large models have thousands, more than `re` remembers
 def _compile(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"(\{\w+\})", pattern)
     return re.compile("".join(f"(?P<{p[1:-1]}>[^.]+)" if p.startswith("{") else re.escape(p) for p in parts))
