@@ -469,7 +469,7 @@ def test_items_and_tasks_refuse() -> None:
         Task(name="v", items=(item,), metric=VQA, parser=SHORT)
     with pytest.raises(DataError, match="'count'"):
         world_task("w", [item], parsers={"count": NUMBER})
-    with pytest.raises(DataError, match="'red' of the kind 'colour' is read as None by 'last number/1'"):
+    with pytest.raises(DataError, match="'red' of the kind 'colour' is read as None by 'last number/2'"):
         world_task("w", [item], parser=NUMBER)
     with pytest.raises(DataError, match=r"'Stop\.'"):
         world_task("w", [(picture("red"), "Read.", "Stop.")])
