@@ -232,6 +232,18 @@ def test_the_command_line(folder: Path, pictures: list[Path], tmp_path: Path) ->
     assert "Traceback" not in wrong.stderr
 
 
+def test_a_forgotten_question_is_not_the_last_file(
+    pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(pictures[0].parent))
+    for asked in (pictures[:1], pictures, [pictures[0], f"~/{pictures[1].name}"]):
+        assert main(["ask", *map(str, asked)]) == 1
+        assert f"there is no question, the last argument is a file: {asked[-1]}" in capsys.readouterr().err
+    for blank in ("", " \n"):
+        assert main(["ask", str(pictures[0]), blank]) == 1
+        assert "the question is empty" in capsys.readouterr().err
+
+
 def test_a_chat_reads_a_picture_once(
     folder: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

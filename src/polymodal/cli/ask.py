@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,10 @@ HEARER = "Qwen/Qwen2-Audio-7B-Instruct"
 def _ask(arguments: argparse.Namespace) -> int:
     if arguments.answer is not None and arguments.when is None:
         raise ConfigError("--answer says what --when looks for: polymodal ask film.mp4 QUESTION --when --answer TEXT")
+    if not arguments.question.strip():
+        raise ConfigError("the question is empty; it comes last, in one pair of quotes")
+    if os.path.isfile(os.path.expanduser(arguments.question)):  # it would be asked, about one file less
+        raise ConfigError(f"there is no question, the last argument is a file: {arguments.question}")
     model, settings = _writer(arguments)
     if arguments.when is not None:
         return _when(arguments, model)
