@@ -114,7 +114,7 @@ def _answer(
     for step in stream(model, Chat.of([*parts, question]), settings):
         steps.append(step)
         if not arguments.json:
-            print(plain(step.text, keep="\n"), end="", flush=True)
+            print(plain(step.text, keep="\n\t"), end="", flush=True)
     if not arguments.json:
         print()
         for each in shown:
@@ -186,7 +186,7 @@ def _talk(arguments: argparse.Namespace, model: Any, settings: Any, engine: Engi
                 try:
                     for step in _steps(model, asked, settings, engine):
                         text += step.text
-                        print(plain(step.text, keep="\n"), end="", flush=True)
+                        print(plain(step.text, keep="\n\t"), end="", flush=True)
                 except KeyboardInterrupt:  # enough of this answer; the conversation goes on
                     pass
                 print()
