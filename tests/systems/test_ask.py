@@ -244,6 +244,16 @@ def test_a_forgotten_question_is_not_the_last_file(
         assert "the question is empty" in capsys.readouterr().err
 
 
+def test_a_file_that_fails_has_a_line_of_its_own(
+    folder: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tmp_path / "none.png"), str(pictures[0])]
+    assert main(["caption", *files, "--model", str(folder), "--max-tokens", "4"]) == 1
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[0] == f"{files[0]}: "
+    assert lines[1].startswith(f"{files[1]}: ")
+
+
 def test_what_is_printed_is_written_as_its_language_writes_it() -> None:
     for text in (
         "Quelle heure\u202f?\u00a0Dix.",

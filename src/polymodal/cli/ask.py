@@ -83,6 +83,8 @@ def _caption(arguments: argparse.Namespace) -> int:
             rows.append(_answer(arguments, model, settings, [file], arguments.prompt or CAPTION, first=len(rows)))
         except PolymodalError as error:  # the others are still described
             failed += 1
+            if len(arguments.files) > 1 and not arguments.json:
+                print(flush=True)  # the next one's name stands on a line of its own
             print("polymodal: " + plain(str(error), keep="\n"), file=sys.stderr)
     if arguments.json:
         print_json(rows)
