@@ -15,8 +15,8 @@ from typing import Final, TypeAlias
 import numpy as np
 from PIL import Image as PILImage
 
-from polymodal.asking import engine_of, seen, submit
-from polymodal.core.errors import DataError, UnsupportedError, did_you_mean
+from polymodal.asking import ask, engine_of, seen, submit
+from polymodal.core.errors import DataError, MediaError, UnsupportedError, did_you_mean
 from polymodal.core.files import atomic_write
 from polymodal.core.sample import Image, Sample
 from polymodal.data.worlds import charts, documents, questions, shapes
@@ -41,7 +41,7 @@ from polymodal.evaluate.tasks import (
     world_task,
 )
 from polymodal.samplers.autoregressive import Settings
-from polymodal.serve.engine import Engine
+from polymodal.serve.engine import Engine, Handle
 from polymodal.systems.base import System
 
 DRAWN: Final = 500  # questions of a world if it is not said how many
@@ -285,9 +285,17 @@ def run(
 
 
 def _answers(engine: Engine, model: System, settings: Settings) -> Answers:
+    def submitted(sample: Sample) -> Handle | None:
+        try:
+            return submit(engine, model, sample, settings)
+        except MediaError:  # perhaps it is only larger than what the engine shares out; if not, `ask` tells the same
+            return None
+
     def answer(samples: Sequence[Sample]) -> list[str]:
-        handles = [submit(engine, model, sample, settings) for sample in samples]
-        return [handle.result()[0].text for handle in handles]
+        handles = [submitted(sample) for sample in samples]
+        texts = [None if handle is None else handle.result()[0].text for handle in handles]
+        # The engine is idle now: what is too large for it has the model to itself.
+        return [ask(model, s, settings) if text is None else text for s, text in zip(samples, texts, strict=True)]
 
     return answer
 

@@ -207,7 +207,7 @@ def test_the_command_line(folder: Path, pictures: list[Path], tmp_path: Path) ->
     spoken = run(*asked)
     assert spoken.returncode == 0, spoken.stderr
     told = json.loads(run(*asked, "--json", "--show", tmp_path / "seen").stdout)
-    assert plain(told["answer"].rstrip("\n"), keep="\n") in spoken.stdout
+    assert plain(told["answer"].rstrip("\n"), keep="\n\t") in spoken.stdout
     for row in told["seen"]:
         with PILImage.open(*row["seen"]) as picture:
             assert picture.size == (16, 16)
@@ -232,6 +232,41 @@ def test_the_command_line(folder: Path, pictures: list[Path], tmp_path: Path) ->
     assert "Traceback" not in wrong.stderr
 
 
+def test_a_forgotten_question_is_not_the_last_file(
+    pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(pictures[0].parent))
+    for asked in (pictures[:1], pictures, [pictures[0], f"~/{pictures[1].name}"]):
+        assert main(["ask", *map(str, asked)]) == 1
+        assert f"there is no question, the last argument is a file: {asked[-1]}" in capsys.readouterr().err
+    for blank in ("", " \n"):
+        assert main(["ask", str(pictures[0]), blank]) == 1
+        assert "the question is empty" in capsys.readouterr().err
+
+
+def test_a_file_that_fails_has_a_line_of_its_own(
+    folder: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tmp_path / "none.png"), str(pictures[0])]
+    assert main(["caption", *files, "--model", str(folder), "--max-tokens", "4"]) == 1
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[0] == f"{files[0]}: "
+    assert lines[1].startswith(f"{files[1]}: ")
+
+
+def test_what_is_printed_is_written_as_its_language_writes_it() -> None:
+    for text in (
+        "Quelle heure\u202f?\u00a0Dix.",
+        "\u8d64\u3000\u9752",
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\U0001f469\u200d\U0001f33e",
+    ):
+        assert plain(text) == text
+    for obeyed in ("\x1b[2J", "\r", "\x9b", "\u202e", "\u2028", "\u2066", "\x00", "\udcff"):
+        assert plain(obeyed).isascii()
+        assert plain(obeyed).isprintable()
+
+
 def test_a_chat_reads_a_picture_once(
     folder: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,7 +282,7 @@ def test_a_chat_reads_a_picture_once(
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     assert main(["chat", str(pictures[0]), "--model", str(folder), "--max-tokens", "8"]) == 0
     out, err = capsys.readouterr()
-    assert out == "".join(plain(answer, keep="\n") + "\n" for answer in said)
+    assert out == "".join(plain(answer, keep="\n\t") + "\n" for answer in said)
     assert re.search(r"none\.png(.|\n)*reads at most 400", err), "the conversation goes on after errors"
     assert len(looked) == 1
 

@@ -16,11 +16,15 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
+from polymodal.asking import ask, engine_of
 from polymodal.cli import main
-from polymodal.core.errors import DataError
+from polymodal.core.chat import Chat
+from polymodal.core.errors import DataError, MediaError
 from polymodal.core.sample import Sample
 from polymodal.evaluate.card import _Hashes, _key
-from polymodal.evaluation import TASKS, Official, run, side_of, task_of
+from polymodal.evaluation import TASKS, Official, _answers, run, side_of, task_of
+from polymodal.samplers.autoregressive import Settings, prompts
+from polymodal.serve.engine import EngineConfig
 from polymodal.weights.hub import shipped
 from tests.talking import talking
 
@@ -171,6 +175,19 @@ def test_pictures_go_through_the_tower_once(place: Path, monkeypatch: pytest.Mon
     assert card.answered == 8 + 2 + 8
     assert len(calls) == len(PICTURES)
     assert vlm.feature_cache is None
+
+
+def test_what_is_too_large_for_the_engine_is_asked_alone(place: Path) -> None:
+    vlm, settings = talking("llava"), Settings(max_new_tokens=4)
+    items = task_of("docvqa", data=[place / "documents.json"], images=place / "pictures").items
+    samples = [Sample.of("What?"), *(item.sample for item in items[:2])]
+    size = [len(ids) + 4 for sample in samples for ids in prompts(vlm.prompt([Chat.of(sample)]))]
+    with engine_of(vlm, EngineConfig(tokens=min(size))) as engine:
+        assert min(size) < size[1], "only the first one fits"
+        assert _answers(engine, vlm, settings)(samples) == [ask(vlm, sample, settings) for sample in samples]
+        (place / "cut.png").write_bytes(b"")
+        with pytest.raises(MediaError, match=r"cut\.png"):
+            _answers(engine, vlm, settings)([samples[0], Sample.of([place / "cut.png", "What?"])])
 
 
 def test_a_person_reads_it(place: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -469,7 +469,7 @@ def test_items_and_tasks_refuse() -> None:
         Task(name="v", items=(item,), metric=VQA, parser=SHORT)
     with pytest.raises(DataError, match="'count'"):
         world_task("w", [item], parsers={"count": NUMBER})
-    with pytest.raises(DataError, match="'red' of the kind 'colour' is read as None by 'last number/1'"):
+    with pytest.raises(DataError, match="'red' of the kind 'colour' is read as None by 'last number/2'"):
         world_task("w", [item], parser=NUMBER)
     with pytest.raises(DataError, match=r"'Stop\.'"):
         world_task("w", [(picture("red"), "Read.", "Stop.")])
@@ -659,6 +659,9 @@ def test_docvqa(tmp_path: Path, images: Path) -> None:
     task = docvqa(written(tmp_path / "val.json", {"data": [row]}), images)
     assert (task.metric, task.items[0].id) == (ANLS, "5")
     assert evaluate(Looker(), task, model="x").true.score.value == pytest.approx(0.75)
+    infographic = {"image_local_name": "red.png", **{key: row[key] for key in ("questionId", "question", "answers")}}
+    (item,) = docvqa(written(tmp_path / "infographics.json", {"data": [infographic]}), images).items
+    assert colour_of(item.sample.images[0]) == "red"
     (images / "documents").mkdir()
     picture("blue").save(images / "documents" / "red.png")
     nearer = docvqa(written(tmp_path / "val.json", {"data": [row]}), images)
@@ -669,6 +672,7 @@ def test_docvqa(tmp_path: Path, images: Path) -> None:
         ([{**row, "answers": []}], "not empty"),
         ([{**row, "answers": [1]}], "list of texts"),
         ([{**row, "questionId": None}], "'questionId' should be int or str, not NoneType"),
+        ([{key: value for key, value in row.items() if key != "image"}], "lacks 'image'"),
         ([], "has no questions"),
     ):
         with pytest.raises(DataError, match=message):

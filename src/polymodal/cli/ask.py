@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,10 @@ HEARER = "Qwen/Qwen2-Audio-7B-Instruct"
 def _ask(arguments: argparse.Namespace) -> int:
     if arguments.answer is not None and arguments.when is None:
         raise ConfigError("--answer says what --when looks for: polymodal ask film.mp4 QUESTION --when --answer TEXT")
+    if not arguments.question.strip():
+        raise ConfigError("the question is empty; it comes last, in one pair of quotes")
+    if os.path.isfile(os.path.expanduser(arguments.question)):  # it would be asked, about one file less
+        raise ConfigError(f"there is no question, the last argument is a file: {arguments.question}")
     model, settings = _writer(arguments)
     if arguments.when is not None:
         return _when(arguments, model)
@@ -78,6 +83,8 @@ def _caption(arguments: argparse.Namespace) -> int:
             rows.append(_answer(arguments, model, settings, [file], arguments.prompt or CAPTION, first=len(rows)))
         except PolymodalError as error:  # the others are still described
             failed += 1
+            if len(arguments.files) > 1 and not arguments.json:
+                print(flush=True)  # the next one's name stands on a line of its own
             print("polymodal: " + plain(str(error), keep="\n"), file=sys.stderr)
     if arguments.json:
         print_json(rows)
@@ -109,7 +116,7 @@ def _answer(
     for step in stream(model, Chat.of([*parts, question]), settings):
         steps.append(step)
         if not arguments.json:
-            print(plain(step.text, keep="\n"), end="", flush=True)
+            print(plain(step.text, keep="\n\t"), end="", flush=True)
     if not arguments.json:
         print()
         for each in shown:
@@ -181,7 +188,7 @@ def _talk(arguments: argparse.Namespace, model: Any, settings: Any, engine: Engi
                 try:
                     for step in _steps(model, asked, settings, engine):
                         text += step.text
-                        print(plain(step.text, keep="\n"), end="", flush=True)
+                        print(plain(step.text, keep="\n\t"), end="", flush=True)
                 except KeyboardInterrupt:  # enough of this answer; the conversation goes on
                     pass
                 print()

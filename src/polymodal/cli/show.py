@@ -5,13 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
+
+_JOINERS = "\u200c\u200d"  # Persian, Hindi and many emoji are spelled with them
 
 
 def plain(text: str, keep: str = "") -> str:
     """``text`` without anything that a terminal would obey: file names are written by strangers."""
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if _harmless(c) or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def _harmless(c: str) -> bool:
+    # No blank but one is printable to Python; French, Chinese and Japanese have blanks of their own.
+    return c.isprintable() or c in _JOINERS or unicodedata.category(c) == "Zs"
 
 
 def print_json(value: Any) -> None:

@@ -72,8 +72,9 @@ _COUNTED: Final = (
     "eighteen nineteen twenty"
 )
 _WORDS: Final = _COUNTED.split()
+_END: Final = r"(?!\w|[.,]\d)"  # not within "12.5kg", whose number would be cut to 12
 _NUMBER: Final = re.compile(
-    r"(?<![\w.])[-\u2212]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w)|(?<![\w.])\.\d+(?!\w)"
+    rf"(?<![\w.])[-\u2212]?(?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?{_END}|(?<![\w.])\.\d+{_END}"
     rf"|(?<![\w-])(?:none|{'|'.join(_WORDS)})(?![\w-])",
     re.IGNORECASE,
 )
@@ -141,7 +142,7 @@ POPE_OFFICIAL: Final = Parser("POPE official", _pope_official)
 So "NO", "There is none" and silence are yes, and "Yes, there is no doubt" is no.
 """
 
-NUMBER: Final = Parser("last number/1", _number)
+NUMBER: Final = Parser("last number/2", _number)
 """The last number, in digits or in English up to twenty, without thousands commas and idle zeros."""
 
 CHOICE: Final = Parser("choice/1", _choice)

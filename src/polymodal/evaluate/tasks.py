@@ -407,7 +407,8 @@ def chartqa(paths: str | Path | Sequence[str | Path], images: str | Path, *, pro
 def docvqa(path: str | Path, images: str | Path, *, prompt: str = WORD_OR_PHRASE) -> Task:
     """DocVQA and its kin: ``data`` as a list of ``questionId``, ``question``, ``answers`` and ``image``.
 
-    ``images`` is the folder that holds ``documents``, or ``documents`` itself.
+    InfographicVQA calls the picture ``image_local_name``. ``images`` is the folder that holds ``documents``, or
+    ``documents`` itself.
 
     Source: https://www.docvqa.org
 
@@ -422,10 +423,11 @@ def docvqa(path: str | Path, images: str | Path, *, prompt: str = WORD_OR_PHRASE
         answers = _get(row, "answers", list, where)
         if not answers or not all(isinstance(each, str) for each in answers):
             raise DataError(f"{where}: the answers have to be a list of texts, and not empty")
+        key = "image_local_name" if "image_local_name" in row else "image"
         items.append(
             Item(
                 sample=_asked(
-                    pictures(_get(row, "image", str, where), where), _get(row, "question", str, where), prompt, where
+                    pictures(_get(row, key, str, where), where), _get(row, "question", str, where), prompt, where
                 ),
                 references=tuple(answers),
                 id=str(_get(row, "questionId", (int, str), where)),
