@@ -161,6 +161,20 @@ def test_with_adapters_the_reference_is_the_system_without_them() -> None:
     assert with_gradient == {name for name, _ in dpo.named_parameters() if ".lora_" in name}
 
 
+def test_adapters_that_have_learned_are_part_of_the_reference() -> None:
+    """Of supervised training on such answers, for example: without them it would be another system."""
+    model = moved(add_lora(vlm(), ["q_proj", "v_proj"], rank=4), std=0.5)
+    batch = batch_of(model, pairs(ASKED[:6]))
+    expected = model.log_probs(branch(batch, CHOSEN)).detach()
+    loss = (dpo := DPO(model)).loss(batch)
+    assert loss.metrics["margin"] == pytest.approx(0, abs=1e-6)
+    moved(dpo.policy)
+    torch.testing.assert_close(dpo.reference_log_probs(branch(batch, CHOSEN)), expected)
+    assert {n for n, p in dpo.named_parameters() if p.requires_grad} == {
+        n for n, _ in dpo.policy.named_parameters(prefix="policy") if ".lora_" in n
+    }
+
+
 def test_where_more_than_adapters_learns_the_reference_is_a_copy() -> None:
     model = add_lora(vlm(), rank=2)
     model.connector.requires_grad_(True)

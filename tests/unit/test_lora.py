@@ -13,7 +13,7 @@ from torch import nn
 
 from polymodal.core.errors import ConfigError, WeightsError
 from polymodal.train import add_lora, load_peft, merge_lora, save_peft
-from polymodal.train.lora import LoraLinear
+from polymodal.train.lora import LoraLinear, put_adapter
 
 
 class Layer(nn.Module):
@@ -270,6 +270,18 @@ def test_damaged_adapters_are_refused_whole(
 def test_saving_without_adapters_is_refused(net: Net, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no LoRA adapters to save"):
         save_peft(net, tmp_path)
+
+
+@pytest.mark.parametrize("other", [{"rank": 3, "alpha": 4.0}, {"rank": 2, "alpha": 8.0}])
+def test_adapters_that_differ_are_not_written_as_if_they_were_alike(
+    net: Net, other: dict[str, Any], tmp_path: Path
+) -> None:
+    """Shared files, which `load_lora` reads, have an alpha for each layer; PEFT's config has one."""
+    put_adapter(net, "text.q_proj", net.text.q_proj, rank=2, alpha=4.0)
+    put_adapter(net, "text.o_proj", net.text.o_proj, **other)
+    with pytest.raises(ConfigError, match="merge_lora"):
+        save_peft(net, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_round_trip(net: Net, tmp_path: Path) -> None:

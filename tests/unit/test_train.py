@@ -324,6 +324,12 @@ def test_several_processes_need_a_word_and_a_launcher(tmp_path: Path, monkeypatc
         fit(PLAIN, tmp_path)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cpu:x", "xpu"])
+def test_a_device_that_is_not_here_is_named(device: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match=f"no device '{device}' to train on here"):
+        fit(PLAIN, tmp_path, device=device)
+
+
 def test_a_missing_picture_library_is_said_before_the_training(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match=r"polymodal\[train\]"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from polymodal.core.errors import TrainError, WeightsError
 from polymodal.train import Cosine, Run, fit
-from polymodal.train.checkpoint import found
+from polymodal.train.checkpoint import State, found, save
 from polymodal.train.log import Curve, read_curve
 from tests.unit.toy_run import PLAIN, STAGE, Noisy, Rows, Toy, run
 
@@ -155,6 +156,26 @@ def test_the_last_two_checkpoints_are_kept_without_pickle(tmp_path: Path) -> Non
         for kind in ("step", "exp_avg", "exp_avg_sq")
         for name in ("a.weight", "a.bias", "b.weight", "b.bias", "scale")
     }
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    """The command line says such errors in a line; safetensors has an error of its own for them."""
+    model = torch.nn.Linear(256, 256)
+
+    def keep(step: int) -> None:
+        save(tmp_path, run={}, state=State(step=step), model=model, optimizer=None, ema=None, write=True)
+
+    keep(1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))  # no file may be longer
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*model\.safetensors"):
+            keep(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in found(tmp_path)] == ["step-000000001-stage-0"]
+    keep(2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000001-stage-0", "step-000000002-stage-0"]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ class Demonstrations:
         self._stored = {key: table[key] for key in self._keys.values() if not self._filmed(key)}
         self.task_index: Int64[np.ndarray, " frames"] = table["task_index"].to_numpy()
         self.instructions = self._tasks()
-        if self.task_index.min() < 0 or self.task_index.max() >= len(self.instructions):
+        numbered = self.task_index.dtype.kind in "iu" and self.task_index.min() >= 0  # with a gap they are no integers
+        if not numbered or self.task_index.max() >= len(self.instructions):
             raise self._broken(f"frames of tasks that {TASKS} does not list")
         self._memory, self._lock = memory, threading.Lock()
         self._decoded: dict[tuple[str, int, int], np.ndarray] = {}
@@ -223,8 +224,9 @@ class Demonstrations:
 
     def _episodes(self) -> list[dict[str, Any]]:
         rows = self.episode_table(lambda column: not column.startswith("stats/"))
-        if not all(type(row.get(f"dataset_{end}_index")) is int for row in rows for end in ("from", "to")):
-            raise self._broken("the table of episodes does not say where they begin and end")
+        places = ("dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index")
+        if not all(type(row.get(name)) is int for row in rows for name in places):
+            raise self._broken("the table of episodes does not say where each one is")
         spans = [(row["dataset_from_index"], row["dataset_to_index"]) for row in rows]
         ends = [0, *(end for _, end in spans)]
         whole = [start for start, _ in spans] == ends[:-1] and all(a < b for a, b in spans)
@@ -260,11 +262,19 @@ class Demonstrations:
         return table
 
     def _matrix(self, table: Any, key: str) -> Float32[np.ndarray, "frames dim"]:
-        column = table[key].combine_chunks()
-        values = column.flatten() if column.type.num_fields else column
-        array = values.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(len(table), -1)
-        if array.shape[1] != math.prod(self.info["features"][key]["shape"]):
-            raise self._broken(f"{key} has {array.shape[1]} numbers and not those of its shape")
+        import pyarrow.compute as pc
+
+        column, width = table[key].combine_chunks(), math.prod(self.info["features"][key]["shape"])
+        listed = column.type.num_fields > 0
+        try:
+            # Each row: a longer one beside a shorter one would give all between them the numbers of other frames.
+            even = not listed or pc.all(pc.equal(pc.list_value_length(column), width)).as_py()
+            values = column.flatten() if listed else column
+            array = values.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(len(table), -1)
+        except Exception as error:  # of Arrow or of numpy
+            raise self._broken(f"{key} does not hold numbers ({error})") from None
+        if column.null_count or not even or array.shape[1] != width:
+            raise self._broken(f"{key} has rows of more or fewer than the {width} numbers of its shape")
         return array
 
     def _tasks(self) -> list[str]:

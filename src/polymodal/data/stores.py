@@ -170,7 +170,7 @@ class Tar:
         folder, _, base = member.name.rpartition("/")
         stem, _, ending = base.partition(".")
         key, ending, good = f"{folder}/{stem}" if folder else stem, ending.lower(), inside(member.name)
-        if good and (member.isdir() or not stem):  # hidden files are no rows
+        if member.isdir() or (good and not stem):  # folders, the archive's own "." too, and hidden files are no rows
             return
         row = self._rows.setdefault(key, {})
         if not good:

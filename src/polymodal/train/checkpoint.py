@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from polymodal.core.errors import TrainError, WeightsError
-from polymodal.core.files import read_json, write_json
+from polymodal.core.files import read_json, write_json, write_tensors
 from polymodal.train.distributed import placed_like, wait_for_all, whole
 
 FORMAT = 1
@@ -56,6 +55,9 @@ def save(
 
     Sharded tensors are gathered, so that a checkpoint does not depend on the number of processes. A process killed at
     any moment leaves the checkpoints before it untouched and at worst a hidden folder that the next save removes.
+
+    Raises:
+        OSError: the disk is full, for example.
     """
     target = folder / f"step-{state.step:09d}-stage-{state.stage}"
     parts = {"model": _gathered(tensors_of(model), write)}
@@ -70,7 +72,7 @@ def save(
         unfinished = folder / f"{HIDDEN}{uuid.uuid4().hex}"
         unfinished.mkdir()
         for name, tensors in parts.items():
-            save_file(tensors, unfinished / f"{name}.safetensors", metadata={"format": "pt"})
+            write_tensors(unfinished / f"{name}.safetensors", tensors)
             _flush(unfinished / f"{name}.safetensors")
         write_json(unfinished / "state.json", {"format": FORMAT, "run": run, "state": asdict(state)})
         unfinished.rename(target)

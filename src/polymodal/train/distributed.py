@@ -42,15 +42,20 @@ def join(parallel: Parallel | None, device: str | None) -> Place:
     that the first has left at the launcher. gloo serves CPUs, NCCL serves GPUs.
 
     Raises:
-        TrainError: several processes without ``parallel``, or ``parallel`` without a launcher.
+        TrainError: several processes without ``parallel``, ``parallel`` without a launcher, or no such device.
     """
     if parallel not in (None, "ddp", "fsdp"):
         raise TrainError(f"parallel is {parallel!r}: it should be 'ddp', 'fsdp' or None")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.device(device)
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        where = torch.device(device)
+        if where.type == "cuda" and where.index is None:
+            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:  # the latter of a build of torch without it
+        raise TrainError(f"no device {device!r} to train on here: {str(error).partition(chr(10))[0]}") from None
+    if where.type == "cuda":
         torch.cuda.set_device(where)
     if parallel is None:
         if is_distributed() or int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from polymodal.core.errors import ConfigError, WeightsError
-from polymodal.core.files import atomic_path, read_json, write_json
+from polymodal.core.files import atomic_path, read_json, write_json, write_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 PREFIX = "base_model.model."
@@ -177,11 +177,17 @@ def save_peft(
         convolutions: our names of layers that are 1x1 convolutions there: ``model.hub_convolutions()``.
 
     Raises:
-        ConfigError: the model has no adapters.
+        ConfigError: the model has no adapters, or they differ in more than their values, as those of `load_lora` may.
     """
     adapters = _adapters(model)
     if not adapters:
         raise ConfigError("the model has no LoRA adapters to save: add_lora(model) makes them")
+    kinds = {(adapter.rank, adapter.alpha, adapter.lora_dropout.p) for adapter in adapters.values()}
+    if len(kinds) > 1:  # the file would be read with those of the first
+        raise ConfigError(
+            f"adapters of several (rank, alpha, dropout), {sorted(kinds)}, do not fit into one adapter_config.json: "
+            "merge_lora(model) and save the model"
+        )
     names = names or {}
     axes = {names.get(name, name): (1, 1) for name in convolutions}
     adapters = {names.get(name, name): adapter for name, adapter in adapters.items()}
@@ -195,7 +201,7 @@ def save_peft(
         for part, matrix in (("lora_A", adapter.lora_A.weight.detach()), ("lora_B", adapter.lora_B.weight.detach()))
     }
     with atomic_path(folder / "adapter_model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        write_tensors(temporary, tensors)
     write_json(
         folder / "adapter_config.json",
         {

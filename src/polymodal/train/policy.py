@@ -19,8 +19,9 @@ from polymodal.train.lora import without_lora
 class Policy(nn.Module):
     """A system that learns, as ``policy``, beside what it was when this was made: its reference.
 
-    Where adapters are all that learns, the reference is the system without them; else it is a frozen copy. It is in
-    eval mode and reads the same batch, pictures included. ``trainable`` of a stage names parameters of ``policy.``.
+    Where adapters are all that learns, and have learned nothing yet, the reference is the system without them; else it
+    is a frozen copy. It is in eval mode and reads the same batch, pictures included. ``trainable`` of a stage names
+    parameters of ``policy.``.
 
     Raises:
         TrainError: the system cannot be trained, does not say how probable texts are, or nothing of it learns.
@@ -35,7 +36,8 @@ class Policy(nn.Module):
             raise TrainError(f"nothing of this {type(policy).__name__} learns: all its parameters are frozen")
         self.policy: Any = policy  # a module with the verbs Trains and Scores
         self.reference: Any = None
-        if not all(".lora_" in f".{name}" for name in learns):
+        learned = any(bool(p.any()) for name, p in policy.named_parameters() if name.endswith("lora_B.weight"))
+        if learned or not all(".lora_" in f".{name}" for name in learns):
             self.reference = copy.deepcopy(policy).requires_grad_(False).eval()
 
     def reference_log_probs(self, batch: Batch) -> Float[Tensor, "batch tokens"]:

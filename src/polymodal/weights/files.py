@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from polymodal.core.errors import WeightsError
-from polymodal.core.files import atomic_path, read_json, write_json
+from polymodal.core.files import atomic_path, read_json, write_json, write_tensors
 
 SINGLE = "model.safetensors"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -155,7 +154,7 @@ def _publish(folder: Path, tensors: Iterable[tuple[str, Tensor]], single: str, s
     for number, shard in enumerate(_fill(tensors, shard_bytes)):
         path = folder / f"{_PART}{number}.safetensors"
         with atomic_path(path) as temporary:
-            save_file(shard, temporary, metadata={"format": "pt"})
+            write_tensors(temporary, shard)
         shards.append((path, list(shard)))
         total += sum(t.numel() * t.element_size() for t in shard.values())
     index = folder / index_of(single)

@@ -291,6 +291,35 @@ def test_a_broken_set_says_what_is_wrong(
         read()
 
 
+EPISODE_TABLE, FRAMES = "meta/episodes/chunk-000/file-000.parquet", "data/chunk-000/file-000.parquet"
+ROW = [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "values"),
+    [
+        (EPISODE_TABLE, "data/chunk_index", None),
+        (FRAMES, "action", [ROW] * 20 + [ROW[:2], [*ROW, 4.0]]),  # as many numbers as there should be
+        (FRAMES, "action", [ROW] * 21 + [ROW[:2]]),
+        (FRAMES, "action", [ROW] * 21 + [None]),
+        (FRAMES, "observation.state", ["a"] * 22),
+        (FRAMES, "task_index", [0] * 21 + [None]),
+    ],
+)
+def test_broken_rows_of_tables_are_said(
+    written: Path, tmp_path: Path, file: str, column: str, values: list[Any] | None
+) -> None:
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    table = pq.read_table(tmp_path / file, partitioning=None)
+    place = table.column_names.index(column)
+    pq.write_table(
+        table.drop_columns([column]) if values is None else table.set_column(place, column, pa.array(values)),
+        tmp_path / file,
+    )
+    with pytest.raises(DataError, match=f"{tmp_path}: .* the data set is broken or incomplete"):
+        Demonstrations(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

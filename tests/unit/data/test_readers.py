@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from functools import partial
@@ -465,6 +466,17 @@ def test_rows_after_what_looks_like_the_end_of_a_tar_are_missed(damage: str, roo
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"damaged, or several tars in one, at byte {expected:,}"):
         open_dataset(path, read=sample, skip_bad=True)
+
+
+def test_a_tar_of_a_whole_folder_names_the_folder_too(root: Path) -> None:
+    """As `tar cf a.tar -C folder .` and `shutil.make_archive` write it: "./", "./deep/", "./deep/0.png"."""
+    folder = root / "packed"
+    (folder / "deep").mkdir(parents=True)
+    for place in (folder, folder / "deep"):
+        (place / "0.png").write_bytes(png("red.png"))
+        (place / "0.txt").write_text("red")
+    data = open_dataset(shutil.make_archive(str(root / "a"), "tar", folder))
+    assert [plain(chat)[1] for chat in data] == [("assistant", ["red"])] * 2
 
 
 def test_a_row_of_a_tar_without_its_picture_is_bad(root: Path) -> None:
