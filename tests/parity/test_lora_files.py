@@ -103,7 +103,6 @@ def test_adapters_of_others(kind: str, layout: str, tmp_path: Path) -> None:
     torch.testing.assert_close(merge_lora(system).denoise(x, when.float(), condition), mine, rtol=0, atol=1e-5)
 
 
-@pytest.mark.proves("stable_diffusion", "LoRA files of others: alpha among the metadata (diffusers)")
 def test_alpha_is_read_where_the_file_says_it_beside_the_tensors(tmp_path: Path) -> None:
     from peft import LoraConfig
 
