@@ -172,7 +172,7 @@ def draw(
         drawing: how to make them.
         n: how many; the seeds of the next ones are the numbers behind the first.
         image: a picture to begin with, as `Image` takes it; it is brought to the size that is asked for.
-        mask: a picture of the size of ``image``: white is made anew, black is kept.
+        mask: a picture of the size of ``image``: white is made anew, black is kept. Something has to be white.
         control: what has to be where, for models that look at such. Where neither the settings nor ``image`` give a
             size, it does.
         watch: is told after each step.
@@ -180,8 +180,8 @@ def draw(
     Raises:
         UnsupportedError: the model draws nothing.
         ConfigError: a setting is out of range, or no multiple of what the model paints.
-        MediaError: a picture cannot be read or has another size, ``control`` would be stretched, or a prompt is longer
-            than the model reads.
+        MediaError: a picture cannot be read or has another size, ``mask`` has nothing white, ``control`` would be
+            stretched, or a prompt is longer than the model reads.
     """
     ask = drawing or Drawing()
     return list(drawn(model, prompt, ask, n=n, image=image, mask=mask, control=control, watch=watch, at_once=n))
@@ -313,7 +313,13 @@ def _mask(mask: Given, picture: Given, size: tuple[int, int] | None) -> Float[Te
         )
     grey = seen.convert("L")
     grey = grey if size is None else grey.resize(size, PILImage.Resampling.NEAREST)
-    return (torch.from_numpy(np.asarray(grey).copy()) >= 128).float()[None, None]
+    white = torch.from_numpy(np.asarray(grey).copy()) >= 128
+    if not white.any():  # as where 1 stands for white, or a thin line is lost in a smaller picture
+        raise MediaError(
+            f"the mask {mask.where} has nothing white at {grey.width} x {grey.height} pixels: white is painted, black "
+            "is kept; of masks of zeros and ones, multiply by 255"
+        )
+    return white.float()[None, None]
 
 
 def sheet(pictures: Sequence[PILImage.Image], *, gap: int = 4) -> PILImage.Image:

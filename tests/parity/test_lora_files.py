@@ -14,7 +14,7 @@ import polymodal
 from polymodal.core.errors import ConfigError, WeightsError
 from polymodal.systems.sdxl import SDXL
 from polymodal.systems.stable_diffusion import StableDiffusion
-from polymodal.train.lora import PREFIX, add_lora, load_peft, merge_lora, save_peft
+from polymodal.train.lora import PREFIX, LoraLinear, add_lora, load_peft, merge_lora, save_peft
 from polymodal.train.lora_files import load_lora
 from tests.nano import nano
 from tests.parity.harness import randomise
@@ -101,6 +101,53 @@ def test_adapters_of_others(kind: str, layout: str, tmp_path: Path) -> None:
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
     assert float((mine - before).detach().abs().max()) > 1e-2
     torch.testing.assert_close(merge_lora(system).denoise(x, when.float(), condition), mine, rtol=0, atol=1e-5)
+
+
+def test_alpha_is_read_where_the_file_says_it_beside_the_tensors(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    pipe = pipeline("sd1", tmp_path)
+    made = adapters(pipe, ranks=(2, 2))
+    halves = {f"{n}.lora_A.weight": down for n, (down, _, _) in made.items()}
+    halves |= {f"{n}.lora_B.weight": up for n, (_, up, _) in made.items()}
+    ends = [end.removeprefix(".") for end in ENDS]
+    settings = LoraConfig(r=2, lora_alpha=8, target_modules=ends, init_lora_weights="gaussian").to_dict()
+    pipe.save_lora_weights(tmp_path, halves, weight_name="lora.safetensors", unet_lora_adapter_metadata=settings)
+    system, x, when = polymodal.load(tmp_path / "theirs"), torch.randn(2, 4, 8, 8), torch.tensor([3, 981])
+    assert isinstance(system, StableDiffusion)
+    condition = system.text_condition(["a cup", "two cats"])
+    load_lora(system, tmp_path / "lora.safetensors", names=system.hub_layers())
+    pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    theirs = pipe.unet(x, when, condition["context"]).sample
+    torch.testing.assert_close(system.denoise(x, when.float(), condition), theirs, rtol=0, atol=1e-4)
+
+
+def test_alpha_of_peft_is_read_beside_the_file(tmp_path: Path) -> None:
+    names, file = nano("dit").hub_layers(), tmp_path / "adapter_model.safetensors"
+    save_peft(add_lora(nano("dit"), ["q_proj"], rank=2, alpha=8.0), tmp_path, names=names)
+    loaded = load_lora(nano("dit"), file, names=names)
+    assert {m.scale for m in loaded.modules() if isinstance(m, LoraLinear)} == {4.0}
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"adapter_config\.json how much it counts: put that beside it"):
+        load_lora(nano("dit"), file, names=names)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ('{"transformer.use_rslora": true, "transformer.lora_alpha": 4}', "use_rslora is True"),
+        ('{"transformer.alpha_pattern": {"to_v": 1}}', "alpha_pattern is"),
+        ('{"transformer.lora_alpha": "4"}', "lora_alpha is '4'"), ("[1]", "broken"), ("{", "broken"),
+    ],
+)  # fmt: skip
+def test_metadata_that_ask_for_more_are_refused(said: str, message: str, tmp_path: Path) -> None:
+    model, file = nano("dit"), tmp_path / "lora.safetensors"
+    called = next(iter(model.hub_layers().values()))
+    halves = {f"{called}.lora_A.weight": torch.ones(1, 32), f"{called}.lora_B.weight": torch.ones(32, 1)}
+    save_file(halves, file, metadata={"lora_adapter_metadata": said})
+    with pytest.raises(ConfigError, match=message):
+        load_lora(model, file, names=model.hub_layers())
+    assert not any("lora_" in name for name, _ in model.named_parameters())
 
 
 def test_files_that_do_not_fit_are_refused_whole(tmp_path: Path) -> None:

@@ -389,6 +389,8 @@ def test_draw_changes_and_fills_in(capsys: pytest.CaptureFixture[str]) -> None:
         (["--image", "photo.png", "--strength", "1.5"], "at most 1"),
         (["--image", "photo.png", "--strength", "0"], "more than 0"),
         (["--image", "photo.png", "--mask", "small.png"], "the mask small.png has 8 x 8 pixels, its picture 16 x 8"),
+        (["--image", "photo.png", "--mask", "ones.png"], "ones.png has nothing white at 16 x 8 pixels"),
+        (["--image", "photo.png", "--mask", "dot.png", "--size", "8x4"], "dot.png has nothing white at 8 x 4 pixels"),
         (["--image", "missing.png"], "missing.png"), (["--steps", "0"], "1 to 1,000 steps"),
         (["--steps", "101"], "takes 1 to 100"), (["--guidance", "-1"], "guidance"), (["--seed", "-1"], "a seed"),
         (["--size", "100000x8"], "1 to 16,384 pixels"), (["--rescale", "0.5", "--guidance", "1"], "rescale"),
@@ -399,6 +401,10 @@ def test_draw_changes_and_fills_in(capsys: pytest.CaptureFixture[str]) -> None:
 def test_draw_says_what_is_wrong(more: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     noise("photo.png")
     noise("small.png", (8, 8))
+    PILImage.new("L", (16, 8), 1).save("ones.png")
+    dot = PILImage.new("L", (16, 8))
+    dot.putpixel((0, 0), 255)
+    dot.save("dot.png")
     before = sorted(Path().iterdir())
     assert main(["draw", "red", *more]) == 1
     told = capsys.readouterr()
@@ -438,6 +444,20 @@ def test_an_interruption_loses_no_picture_that_is_done(
     assert sorted(p.name for p in Path().iterdir()) == ["a-3.png", "a-4.png", "now.png"]
     assert settings_of("a-4.png")
     assert "nothing is lost" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_told_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("polymodal.cli.paint.load_model", lambda name, lora: pytest.fail("loaded"))
+    Path("file").touch()
+    Path("folder.png").mkdir()
+    for option in ("--out", "--preview"):
+        for name in ("file/a.png", "folder.png"):
+            assert main(["draw", "red", option, name]) == 1
+            told = capsys.readouterr().err
+            assert "cannot be written" in told
+            assert name in told
 
 
 @pytest.mark.usefixtures("command")

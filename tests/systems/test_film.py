@@ -137,6 +137,10 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "motion    9" in out
     assert main(["show", "b.mp4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["pictures"][0]["width"] == 24
+    first = Path("a-red-cat.mp4").read_bytes()
+    assert main(["film", "A red: cat!", "--model", "toy", "--seed", "4"]) == 0
+    assert "a-red-cat-4.mp4: " in capsys.readouterr().out
+    assert Path("a-red-cat.mp4").read_bytes() == first
     assert main(["film", "--model", "toy"]) == 1
     assert main(["film", "cat", "--model", "toy", "--out", "cat.png"]) == 1
     assert not Path("cat.png").exists()

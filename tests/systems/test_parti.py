@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image as PILImage
 
 import polymodal
 from polymodal.core.batch import Batch
@@ -113,6 +114,10 @@ def test_draw(model: Parti) -> None:
 
 
 def test_what_cannot_be_is_refused(model: Parti) -> None:
+    with pytest.raises(UnsupportedError, match="of texts alone"):
+        polymodal.draw(model, "a red cup", control=PILImage.new("RGB", (8, 8)))
+    with pytest.raises(ConfigError, match=r"a negative prompt: .* at a guidance of 1 there is none"):
+        polymodal.draw(model, "a red cup", Drawing(guidance=1, negative="blue"))
     with pytest.raises(MediaError, match="reads at most 12"):
         model.asked(["a red cup and a blue plate " * 9])
     with pytest.raises(UnsupportedError, match=r"no tokenizer\.json"):

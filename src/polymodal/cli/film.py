@@ -12,6 +12,7 @@ from polymodal.cli.show import bar, plain, print_json
 
 
 def _film(arguments: argparse.Namespace) -> int:
+    from polymodal.core.drawing import any_seed
     from polymodal.core.errors import ConfigError
     from polymodal.core.filming import Filming
     from polymodal.films import check_mp4, film
@@ -20,11 +21,14 @@ def _film(arguments: argparse.Namespace) -> int:
     a = arguments
     if not a.prompt and a.image is None:
         raise ConfigError("what is to be seen? Give a PROMPT, or --image FILE for a model that begins with a picture")
+    seed = any_seed() if a.seed is None else a.seed
     filming = Filming(
-        frames=a.frames, fps=a.fps, motion=a.motion, steps=a.steps, guidance=a.guidance, seed=a.seed, size=a.size
+        frames=a.frames, fps=a.fps, motion=a.motion, steps=a.steps, guidance=a.guidance, seed=seed, size=a.size
     )
     prompt = clean(a.prompt)
-    path = check_mp4(a.out or f"{slug(prompt or Path(a.image).stem, 'film')}.mp4")
+    name = slug(prompt or Path(a.image).stem, "film")
+    free = f"{name}-{seed}" if Path(f"{name}.mp4").exists() else name  # a name that nobody gave takes no film's place
+    path = check_mp4(a.out or f"{free}.mp4")
     image = None if a.image is None else Path(a.image).expanduser()
     model = load_model(a.model)
     with bar("filming", "steps") as show:
@@ -55,7 +59,7 @@ The same seed gives the same film.""",
     )  # fmt: skip
     sub.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="what is to be seen")
     sub.add_argument("--model", metavar="NAME", required=True, help="a folder or a Hub name")
-    sub.add_argument("--out", metavar="FILE", help="an .mp4 (default: the prompt)")
+    sub.add_argument("--out", metavar="FILE", help="an .mp4 (default: the prompt; if that is there, and the seed)")
     sub.add_argument("--image", metavar="FILE", help="a picture to begin with; its middle is taken")
     sub.add_argument("--frames", type=int, metavar="N", help="how many (default: the model's own)")
     sub.add_argument("--fps", type=int, metavar="N", help="frames a second; some models are told so")

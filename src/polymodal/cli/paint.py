@@ -23,6 +23,7 @@ NAME = 40  # letters of a prompt in a file's name
 
 def _draw(arguments: argparse.Namespace) -> int:
     from polymodal.core.drawing import Drawing
+    from polymodal.core.files import check_target
     from polymodal.pictures import check_png, clean, drawn, save, sheet
 
     a = arguments
@@ -35,9 +36,10 @@ def _draw(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{option} is of a picture to begin with: give --image FILE, too")
     out, preview = (None if name is None else check_png(name) for name in (a.out, a.preview))
     prompt = clean(a.prompt)
-    lora = _path(a.lora)
+    lora, name = _path(a.lora), out or Path(f"{slug(prompt, 'picture')}.png")
+    for path in (name, *([] if preview is None else [preview])):  # told before anything is computed
+        check_target(path)
     model = load_model(a.model or PAINTER, lora)
-    name = out or Path(f"{slug(prompt, 'picture')}.png")
     pictures: list[tuple[Path, Picture]] = []
     with bar("pictures", "steps") as show:
         made = drawn(

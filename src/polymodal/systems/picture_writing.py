@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from polymodal.core.batch import Batch
-from polymodal.core.drawing import Drawing, Glimpse, any_seed
+from polymodal.core.drawing import Drawing, Glimpse, Settled, any_seed
 from polymodal.core.errors import ConfigError, UnsupportedError
 from polymodal.samplers.autoregressive import Settings, sample
 from polymodal.samplers.modes import Wordless
@@ -71,7 +71,7 @@ class PictureWriter(System):
     def _blind(self) -> UnsupportedError:
         return UnsupportedError(f"the weights of {self.source} have no decoder: they read pictures, and paint none")
 
-    def settled(self, drawing: Drawing, *, begun: tuple[int, int] | None = None, masked: bool = False) -> Drawing:
+    def settled(self, drawing: Drawing, *, begun: tuple[int, int] | None = None, masked: bool = False) -> Settled:
         """See `core.verbs.Draws`; no picture is begun with, and each token is a step."""
         d, side, steps = drawing, self.painter.config.resolution, self.picture_settings().max_new_tokens
         if begun is not None or masked:
@@ -84,8 +84,11 @@ class PictureWriter(System):
                 f"{type(self).__name__} writes a picture code by code: it takes {steps} steps, has no "
                 "strength, and guidance that is the same from the first code to the last"
             )
-        return replace(
-            d, size=(side, side), steps=steps, guidance=self.writing.guidance if d.guidance is None else d.guidance,
+        guidance = self.writing.guidance if d.guidance is None else d.guidance
+        if d.negative and guidance == 1:
+            raise ConfigError("a negative prompt: this is said of guidance; at a guidance of 1 there is none")
+        return Settled(
+            size=(side, side), steps=steps, guidance=guidance, negative=d.negative,
             seed=any_seed() if d.seed is None else d.seed,
         )  # fmt: skip
 
@@ -108,8 +111,6 @@ class PictureWriter(System):
         if self.painter.decoder is None:
             raise self._blind()
         d, base = self.settled(drawing), self.picture_settings()
-        assert d.seed is not None
-        assert d.guidance is not None
         settings = [replace(base, guidance=float(d.guidance), seed=d.seed + i) for i in range(len(prompts))]
         against = None if d.guidance == 1 else self.asked([d.negative] * len(prompts))
         written: list[list[int]] = [[] for _ in prompts]

@@ -233,7 +233,7 @@ def load_peft(model: Model, folder: str | Path, *, names: Mapping[str, str] | No
         WeightsError: tensors are missing, left over or of another shape; the model was not changed.
     """
     linears = layers_to_adapt(model)
-    config = _plain_config(Path(folder) / "adapter_config.json")
+    config = plain_config(Path(folder) / "adapter_config.json")
     path = Path(folder) / "adapter_model.safetensors"
     try:
         tensors = load_file(path)
@@ -276,7 +276,12 @@ def load_peft(model: Model, folder: str | Path, *, names: Mapping[str, str] | No
     return model
 
 
-def _plain_config(path: Path) -> dict[str, Any]:
+def plain_config(path: Path) -> dict[str, Any]:
+    """PEFT's settings of a plain LoRA.
+
+    Raises:
+        ConfigError: there are none, or they ask for more.
+    """
     config = read_json(path)
     if not isinstance(config, dict):
         raise ConfigError(f"{path} should hold an object, not a {type(config).__name__}")

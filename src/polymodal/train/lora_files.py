@@ -7,25 +7,28 @@ A layer's two matrices are called, for example,
     lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight          kohya
     lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q.lora_down.weight                kohya, official names
 
-and ``.alpha``, where it is there, is divided by the rank; it is the rank where it is not. Ranks may differ.
+and ``.alpha``, where it is there, is divided by the rank. Where it is not, PEFT's settings say it: diffusers has them
+among a file's metadata, PEFT in ``adapter_config.json`` beside it. Else it is the rank. Ranks may differ.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as short
 from typing import Final
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from polymodal.core.errors import ConfigError, WeightsError
-from polymodal.train.lora import Model, as_matrix, layers_to_adapt, put_adapter
+from polymodal.train.lora import PREFIX, Model, as_matrix, layers_to_adapt, plain_config, put_adapter
 
 _ENDINGS: Final = {
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",
@@ -37,6 +40,8 @@ _ENDINGS: Final = {
 _PARTS: Final = {"lora_unet_": "unet_", "lora_te1_": "text_encoder_", "lora_te2_": "text_encoder_2_"} | {
     "lora_te_": "text_encoder_"
 }
+_FURTHER: Final = ("alpha_pattern", "use_rslora")  # settings that change how much an adapter counts
+_SETTINGS: Final = "lora_adapter_metadata"  # in the metadata of diffusers' files: {"unet.lora_alpha": 8, ...}
 
 
 @dataclass
@@ -60,7 +65,8 @@ def load_lora(model: Model, path: str | Path, *, names: Mapping[str, str], scale
         scale: by which what is added is multiplied.
 
     Raises:
-        ConfigError: the model has adapters already, or ``scale`` is not positive.
+        ConfigError: the model has adapters already, ``scale`` is not positive, or PEFT's settings are missing or ask
+            for more than a plain LoRA.
         WeightsError: a tensor fits no linear layer of ``names`` (convolutions have no adapters here, nor have layers
             whose rows are in another order than in the files: queries and keys of FLUX), lacks its other half, is of
             another shape, or not finite; the model was not changed.
@@ -74,6 +80,7 @@ def load_lora(model: Model, path: str | Path, *, names: Mapping[str, str], scale
         raise WeightsError(str(path), [f"it cannot be read: {error}"]) from None
     known = {_flat(theirs): ours for ours, theirs in names.items() if ours in layers}
     problems: list[str] = []
+    alphas = _alphas(Path(path), tensors)
     found = _pairs(tensors, _Official.of(names.values()), problems)
     made: dict[str, tuple[Tensor, Tensor, float]] = {}
     for flat, pair in found.items():
@@ -95,7 +102,8 @@ def load_lora(model: Model, path: str | Path, *, names: Mapping[str, str], scale
                 f"{narrow} to {wide}"
             )
             continue
-        alpha = float(rank) if pair.alpha is None else float(pair.alpha)
+        said = (alpha for prefix, alpha in alphas.items() if pair.called.startswith(prefix))
+        alpha = next(said, float(rank)) if pair.alpha is None else float(pair.alpha)
         if not math.isfinite(alpha) or not all(bool(half.float().isfinite().all()) for half in (down, up)):
             problems.append(f"{pair.called} has values that are NaN or infinite ({', '.join(pair.keys)})")
             continue
@@ -109,6 +117,35 @@ def load_lora(model: Model, path: str | Path, *, names: Mapping[str, str], scale
             adapter.lora_A.weight.copy_(down)
             adapter.lora_B.weight.copy_(up)
     return model
+
+
+def _alphas(path: Path, names: Iterable[str]) -> dict[str, float]:
+    """What PEFT's settings say of alpha, for all names that begin so.
+
+    Raises:
+        ConfigError: they are missing where PEFT wrote the file, are broken, or ask for more than a plain LoRA.
+    """
+    if any(name.startswith(PREFIX) for name in names):
+        beside = path.with_name("adapter_config.json")
+        if not beside.is_file():
+            raise ConfigError(f"{path} is PEFT's, which says in {beside.name} how much it counts: put that beside it")
+        return {PREFIX: float(plain_config(beside)["lora_alpha"])}
+    with safe_open(path, "pt") as file:
+        said = (file.metadata() or {}).get(_SETTINGS, "{}")
+    try:
+        settings = json.loads(said)
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: {_SETTINGS} is broken")
+    alphas: dict[str, float] = {}
+    for key, value in settings.items():
+        part, _, name = key.rpartition(".")
+        if name == "lora_alpha" and type(value) in (int, float):
+            alphas[f"{part}."] = float(value)
+        elif name == "lora_alpha" or (name in _FURTHER and value):
+            raise ConfigError(f"{path} is no plain LoRA adapter: {key} is {short(value)}")
+    return alphas
 
 
 def _flat(name: str) -> str:
