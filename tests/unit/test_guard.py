@@ -285,6 +285,26 @@ def test_the_watchdog_stops_a_robot_whose_loop_is_silent_and_speaks_for_it() -> 
     assert not np.array(sent)[:, :3].any()
 
 
+def test_a_loop_that_comes_back_does_not_brake_together_with_the_watchdog() -> None:
+    guard, spoke, sent = Guard(LIMITS, fps=FPS), threading.Event(), []
+
+    def send(command: np.ndarray) -> None:
+        sent.append(command)
+        if len(sent) == 1:
+            raise OSError("the bus is busy")
+        spoke.set()  # also after a command that could not be sent
+
+    guard(GOOD, seen(0))
+    with watchdog(guard, send, timeout=2.0):
+        assert spoke.wait(30)
+        before = len(sent)
+        for _ in range(15):  # it is back, and never silent for two seconds
+            guard(GOOD, None)
+            time.sleep(1 / FPS)
+        assert len(sent) <= before + 1  # what was on its way when it came back
+    assert "watch-dog" in (guard.stopped or "")
+
+
 def test_a_signal_stops_once_and_then_does_what_it_did_before() -> None:
     guard = Guard(LIMITS, fps=FPS)
     with pytest.raises(KeyboardInterrupt), stop_on_signals(guard, (signal.SIGINT,)):  # noqa: PT012
@@ -354,6 +374,15 @@ def test_no_command_is_no_number_whatever_the_robot_says_at_first() -> None:
     guard.reset(np.array([np.nan]))
     first = guard(np.array([0.5]), Observation(state=np.array([0.3], np.float32)))
     np.testing.assert_allclose(first, [0.3], atol=0.011)  # from where it says that it is, when it says it
+
+
+def test_a_robot_that_never_said_where_it_is_is_sent_nowhere() -> None:
+    guard, nowhere = Guard(Limits(low=(-1.0,), high=(1.0,), measured=(0,)), fps=10), np.array([np.nan], np.float32)
+    guard.reset(nowhere)
+    for tick, action in enumerate([None, np.array([0.8])]):  # once it was sent to 0 at once, and taken to be there
+        with pytest.raises(DataError, match="reset the guard with its state"):
+            guard(action, Observation(state=nowhere, time=tick / 10))
+    np.testing.assert_allclose(guard(None, Observation(state=np.array([0.8], np.float32))), [0.8], atol=1e-6)
 
 
 def test_the_first_answer_after_none_is_limited_too() -> None:

@@ -180,6 +180,9 @@ class Guard:
             action: what the policy asks for, be it an action or not; None if it did not answer in time.
             observation: the newest; None if none came.
             disagreement: the spread of several sampled actions, see `spread`.
+
+        Raises:
+            DataError: the robot is to be held, and no state has said yet where it is: there is nothing to send.
         """
         with self._lock:
             now = self.now()
