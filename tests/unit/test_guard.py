@@ -25,7 +25,7 @@ from polymodal.act.novelty import Novelty, tail, thumbnail
 from polymodal.act.stops import stop_on_key, stop_on_signals, watchdog
 from polymodal.core.errors import ConfigError, DataError, UnsupportedError
 from polymodal.core.observation import Observation
-from tests.toy_robot import FPS, LIMITS, demonstrations
+from tests.toy_robot import FPS, LIMITS, STEP, demonstrations
 
 WILD = [0.01, 1.0, 100.0]
 
@@ -434,6 +434,25 @@ def test_an_emergency_outlives_the_end_of_a_stop_of_the_guards_own() -> None:
     assert guard.stopped == "emergency stop"
     guard.release()
     assert guard.stopped is None
+
+
+@pytest.mark.parametrize("action", [[9.0, 0, 0, 0.5], np.array([None, 1, 1, 1]), "up", [[1], [1, 2]], [10**400] * 4])
+def test_what_is_no_action_at_all_gets_a_command_too(action: Any) -> None:
+    guard = Guard(LIMITS, fps=FPS)
+    guard.reset(seen(0).state)
+    assert np.abs(guard(action, seen(0))[:3]).max() <= STEP
+    assert guard.interventions[0].decision == ("limited" if action[0] == 9 else "held")
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 4), (32, 32), (0, 0, 3)])
+def test_a_picture_that_is_none_holds(shape: tuple[int, ...]) -> None:
+    episodes, actions = demonstrations(12)
+    view = episodes[0][0]
+    guard = Guard(LIMITS, fps=FPS, novelty=Novelty.fit(episodes, actions))
+    guard.reset(np.zeros(2))  # nor is that a state of this robot
+    broken = replace(view, images={**view.images, "wrist": np.full(shape, 9, np.uint8)})
+    assert not guard(actions[0][0], broken)[:3].any()
+    assert guard.interventions[0].causes == ("malformed picture",)
 
 
 def test_a_log_that_fails_leaves_the_robot_its_commands(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
