@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,46 @@ def test_a_policy_that_breaks_is_held_then_stopped_and_an_emergency_ends_the_run
     assert guard.stopped, "until a person has looked"
 
 
+class Glitch(ToyRobot):
+    """Its state is once no number while it moves."""
+
+    def _observe(self) -> dict[str, Any]:
+        seen = super()._observe()
+        return seen | ({"state": seen["state"] * np.float32(np.nan)} if self.steps == 4 else {})
+
+
+class Picky(ToyPolicy):
+    """Refuses such a state, as every policy of ours does; and what it is shown from the given step on."""
+
+    def __init__(self, refuses: int = 10**9) -> None:
+        super().__init__()
+        self.left = refuses
+
+    def observe(self, observations: Any) -> Any:
+        self.left -= 1
+        if self.left < 0 or not np.isfinite(observations[0].state).all():
+            raise MediaError("no such picture")
+        return super().observe(observations)
+
+
+def test_a_state_that_is_no_number_holds_the_robot_and_does_not_end_the_run() -> None:
+    report = run(Glitch(), Player(Picky(), Receding(execute=1)), Guard(LIMITS, fps=FPS), episodes=1, steps=8)
+    assert report.episodes[0].steps == 8
+    assert report.interventions["held: non-finite state"] == 1
+
+
+def test_a_loop_that_ends_by_an_error_leaves_the_robot_standing() -> None:
+    env, sent = ToyRobot(), []
+    env.step = lambda action, step=env.step: (sent.append(action), step(action))[1]  # type: ignore[method-assign]
+    guard = Guard(replace(LIMITS, acceleration=(0.5,) * 4), fps=FPS)
+    with pytest.raises(MediaError, match="no such picture"):
+        run(env, Player(Picky(refuses=5), Receding(execute=1)), guard, episodes=1)
+    assert len(sent) > 5
+    assert np.abs(sent[4][:3]).max() > 1e-3, "it moved"
+    assert not sent[-1][:3].any()
+    assert "MediaError" in (guard.stopped or "")
+
+
 def test_a_film_shows_every_tick_of_all_cameras_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     env = ToyRobot()
     with film(tmp_path / "out.mp4", env.fps) as out:
@@ -155,9 +196,23 @@ def test_a_saved_policy_acts_through_a_server(saved: str, capsys: pytest.Capture
     assert "missed ticks" in capsys.readouterr().out
 
 
+def test_what_a_server_refuses_is_said(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
+    policy: Any = load(saved)
+    with PolicyServer(policy, ServerConfig(port=0)) as server:
+        address = f"ws://127.0.0.1:{server.port}"
+        where = ["--env", "tabletop/reach", "--size", "32", "--cameras", "wrist"]
+        assert main(["act", address, *where, "--episodes", "1", "--json"]) == 0
+    out, error = capsys.readouterr()
+    assert json.loads(out)["success"]["k"] == 0
+    assert "the policy looks through the camera 'front'; there is wrist" in error
+    assert error.count("looks through") == 1, "not once a tick"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["act", "ws://127.0.0.1:99999", "--env", "tabletop/reach"], "no address"),
+        (["serve-policy", "polymodal/nano-reach", "--port", "99999"], "65535"),
         (["act", "expert", "--env", "nowhere"], "nowhere"),
         (["act", "polymodal/nano-clip", "--env", "tabletop/reach"], "does not act"),
         (["act", "expert", "--env", "tabletop/reach", "--guard", "missing.guard"], "missing.guard"),

@@ -25,7 +25,7 @@ from polymodal.act.novelty import Novelty, tail, thumbnail
 from polymodal.act.stops import stop_on_key, stop_on_signals, watchdog
 from polymodal.core.errors import ConfigError, DataError, UnsupportedError
 from polymodal.core.observation import Observation
-from tests.toy_robot import FPS, LIMITS, demonstrations
+from tests.toy_robot import FPS, LIMITS, STEP, demonstrations
 
 WILD = [0.01, 1.0, 100.0]
 
@@ -285,6 +285,26 @@ def test_the_watchdog_stops_a_robot_whose_loop_is_silent_and_speaks_for_it() -> 
     assert not np.array(sent)[:, :3].any()
 
 
+def test_a_loop_that_comes_back_does_not_brake_together_with_the_watchdog() -> None:
+    guard, spoke, sent = Guard(LIMITS, fps=FPS), threading.Event(), []
+
+    def send(command: np.ndarray) -> None:
+        sent.append(command)
+        if len(sent) == 1:
+            raise OSError("the bus is busy")
+        spoke.set()  # also after a command that could not be sent
+
+    guard(GOOD, seen(0))
+    with watchdog(guard, send, timeout=2.0):
+        assert spoke.wait(30)
+        before = len(sent)
+        for _ in range(15):  # it is back, and never silent for two seconds
+            guard(GOOD, None)
+            time.sleep(1 / FPS)
+        assert len(sent) <= before + 1  # what was on its way when it came back
+    assert "watch-dog" in (guard.stopped or "")
+
+
 def test_a_signal_stops_once_and_then_does_what_it_did_before() -> None:
     guard = Guard(LIMITS, fps=FPS)
     with pytest.raises(KeyboardInterrupt), stop_on_signals(guard, (signal.SIGINT,)):  # noqa: PT012
@@ -356,6 +376,15 @@ def test_no_command_is_no_number_whatever_the_robot_says_at_first() -> None:
     np.testing.assert_allclose(first, [0.3], atol=0.011)  # from where it says that it is, when it says it
 
 
+def test_a_robot_that_never_said_where_it_is_is_sent_nowhere() -> None:
+    guard, nowhere = Guard(Limits(low=(-1.0,), high=(1.0,), measured=(0,)), fps=10), np.array([np.nan], np.float32)
+    guard.reset(nowhere)
+    for tick, action in enumerate([None, np.array([0.8])]):  # once it was sent to 0 at once, and taken to be there
+        with pytest.raises(DataError, match="reset the guard with its state"):
+            guard(action, Observation(state=nowhere, time=tick / 10))
+    np.testing.assert_allclose(guard(None, Observation(state=np.array([0.8], np.float32))), [0.8], atol=1e-6)
+
+
 def test_the_first_answer_after_none_is_limited_too() -> None:
     guard = Guard(Limits(low=(-1.0,), high=(1.0,), velocity=(0.1,)), fps=10)
     held = guard(None, None)
@@ -405,6 +434,25 @@ def test_an_emergency_outlives_the_end_of_a_stop_of_the_guards_own() -> None:
     assert guard.stopped == "emergency stop"
     guard.release()
     assert guard.stopped is None
+
+
+@pytest.mark.parametrize("action", [[9.0, 0, 0, 0.5], np.array([None, 1, 1, 1]), "up", [[1], [1, 2]], [10**400] * 4])
+def test_what_is_no_action_at_all_gets_a_command_too(action: Any) -> None:
+    guard = Guard(LIMITS, fps=FPS)
+    guard.reset(seen(0).state)
+    assert np.abs(guard(action, seen(0))[:3]).max() <= STEP
+    assert guard.interventions[0].decision == ("limited" if action[0] == 9 else "held")
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 4), (32, 32), (0, 0, 3)])
+def test_a_picture_that_is_none_holds(shape: tuple[int, ...]) -> None:
+    episodes, actions = demonstrations(12)
+    view = episodes[0][0]
+    guard = Guard(LIMITS, fps=FPS, novelty=Novelty.fit(episodes, actions))
+    guard.reset(np.zeros(2))  # nor is that a state of this robot
+    broken = replace(view, images={**view.images, "wrist": np.full(shape, 9, np.uint8)})
+    assert not guard(actions[0][0], broken)[:3].any()
+    assert guard.interventions[0].causes == ("malformed picture",)
 
 
 def test_a_log_that_fails_leaves_the_robot_its_commands(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -38,7 +38,7 @@ class Client:
 
     Raises:
         LinkError: the server does not answer.
-        ConfigError: it refuses the key or the path.
+        ConfigError: it refuses the key or the path, or the address is none.
     """
 
     def __init__(self, address: str, *, key: str | None = None, heartbeat: float = 0.5, timeout: float = 5.0) -> None:
@@ -90,6 +90,8 @@ class Client:
             ) from None
         except (OSError, WebSocketException, TimeoutError) as error:
             raise LinkError(f"{self.address} does not answer ({type(error).__name__})") from None
+        except ValueError as error:
+            raise ConfigError(f"{self.address} is no address such as ws://127.0.0.1:8000: {error}") from None
         self._link, self._end = link, stack.close
         metadata = self._unpacked()
         if not isinstance(metadata, dict):

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Float64
 
 from polymodal.act.limiter import Limiter
 from polymodal.act.limits import Limits
-from polymodal.act.novelty import Novelty
+from polymodal.act.novelty import Novelty, is_picture
 from polymodal.core.errors import ConfigError
 from polymodal.core.observation import Observation
 
@@ -121,7 +121,7 @@ class Guard:
     def reset(self, state: np.ndarray | None = None) -> None:
         """A new episode: the robot stands still, where its state says. What is stopped stays stopped."""
         with self._lock:
-            self._limiter.reset(state)
+            self._limiter.reset(self._readable(state))
             self.tick = self._odd = self._strange = self._braked = 0
             self._held_since: float | None = None
             self._before: Observation | None = None
@@ -169,7 +169,7 @@ class Guard:
 
     def __call__(
         self,
-        action: np.ndarray | None,
+        action: Any,
         observation: Observation | None,
         *,
         disagreement: float = 0.0,
@@ -180,12 +180,16 @@ class Guard:
             action: what the policy asks for, be it an action or not; None if it did not answer in time.
             observation: the newest; None if none came.
             disagreement: the spread of several sampled actions, see `spread`.
+
+        Raises:
+            DataError: the robot is to be held, and no state has said yet where it is: there is nothing to send.
         """
         with self._lock:
             now = self.now()
             self.touched = time.monotonic()
+            action = None if action is None else _numbers(action)
             distrust = [*self._of_observation(observation, now), *self._of_action(action, disagreement)]
-            state = None if observation is None or self._malformed(observation) else observation.state
+            state = self._readable(None if observation is None else observation.state)
             if out := self._out_of_state(state):
                 self._halt(out)
             if distrust and self._held_since is None:
@@ -218,20 +222,23 @@ class Guard:
         found = []
         if not -_TICK <= now - observation.time <= self._stale:
             found.append(("stale observation", f"{now - observation.time:.3f} s old"))
-        if malformed := self._malformed(observation):
+        if malformed := self._malformed(observation.state):
             found.append(("malformed state", malformed))
-        elif observation.state is not None and not np.isfinite(observation.state).all():
+        elif observation.state is not None and not np.isfinite(_numbers(observation.state)).all():
             found.append(("non-finite state", ""))
         elif self.novelty is not None:
             found += self._of_sight(self.novelty, observation)
         self._before = observation
         return found
 
-    def _malformed(self, observation: Observation) -> str:
+    def _malformed(self, state: np.ndarray | None) -> str:
         """What the state lacks that the limits look at."""
-        shape = np.shape(observation.state) if observation.state is not None else (0,)
+        shape = _numbers(state).shape if state is not None else (0,)
         fits = len(shape) == 1 and shape[0] >= self._least and self._states <= {shape[0]}
         return "" if fits else f"shape {shape}"
+
+    def _readable(self, state: np.ndarray | None) -> Float64[np.ndarray, " state_dim"] | None:
+        return None if state is None or self._malformed(state) else _numbers(state)
 
     def _of_sight(self, novelty: Novelty, observation: Observation) -> list[tuple[str, str]]:
         found = []
@@ -239,6 +246,9 @@ class Guard:
             picture = observation.images.get(name)
             if picture is None:
                 found.append(("no picture", name))
+                continue
+            if not is_picture(picture):
+                found.append(("malformed picture", f"{name}: shape {np.shape(picture)}"))
                 continue
             if picture.std() < 0.25 * novelty.contrast[n]:
                 found.append(("blank picture", name))
@@ -255,16 +265,16 @@ class Guard:
             found.append(("unseen", f"score {score:.2f}"))
         return found
 
-    def _of_action(self, action: np.ndarray | None, disagreement: float) -> list[tuple[str, str]]:
+    def _of_action(self, action: Float64[np.ndarray, "..."] | None, disagreement: float) -> list[tuple[str, str]]:
         """What is wrong with an action that no limit could mend."""
         before, self._asked = self._asked, None
         if action is None:
             return [("no action", "")]
-        if np.shape(action) != (self.limits.dim,):
-            return [("malformed action", f"shape {np.shape(action)}")]
+        if action.shape != (self.limits.dim,):
+            return [("malformed action", f"shape {action.shape}")]
         if not np.isfinite(action).all():
             return [("non-finite action", "")]
-        found, self._asked = [], np.array(action)
+        found, self._asked = [], action.copy()
         if not disagreement <= self.config.disagreement:  # NaN, too: a sample that is none
             found.append(("disagreement", f"{disagreement:.2f} of the range"))
         if self.novelty is not None and before is not None:
@@ -302,6 +312,14 @@ class Guard:
                     file.write(json.dumps(_plain(asdict(record))) + "\n")
             except OSError as error:  # a full disk must not leave the robot without a command
                 _logger.error("an intervention of the guard is not in %s: %s", self._log, error)
+
+
+def _numbers(value: Any) -> Float64[np.ndarray, "..."]:
+    """An array, also of what is none: that becomes one which fits no limits, for a robot must get its command."""
+    try:
+        return np.array(value, np.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return np.empty(0)
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from polymodal.act.limits import SLACK, Limits, Vector, vector
-from polymodal.core.errors import ConfigError
+from polymodal.core.errors import ConfigError, DataError
 
 _TRIES: Final = np.linspace(0, 1, 9)[:, None]  # from braking (0) to what was asked (1)
 _LONGEST: Final = 2000  # ticks of a stop
@@ -37,6 +37,7 @@ class Limiter:
         self._low, self._high = np.array(limits.low), np.array(limits.high)
         self._delta = np.array([kind == "delta" for kind in limits.kinds])
         self._idles = np.array([kind in ("torque", "choice") for kind in limits.kinds])
+        self._measured = np.array([place >= 0 for place in limits.measured or (-1,) * limits.dim])
         self._rest = vector(limits.rest, np.zeros(limits.dim))
         self._scale = vector(limits.scale, np.ones(limits.dim))
         widest = np.where(self._delta, np.minimum(-self._low, self._high) * self._scale, self._high - self._low) * fps
@@ -72,10 +73,18 @@ class Limiter:
     def step(
         self, asked: Float[np.ndarray, " dim"] | None, state: np.ndarray | None = None
     ) -> tuple[Float[np.ndarray, " dim"], tuple[str, ...]]:
-        """The command for what is asked, and the limits that bent it. None asks to stand still."""
+        """The command for what is asked, and the limits that bent it. None asks to stand still.
+
+        Raises:
+            DataError: it is to stand still, and the state that has to say where never did.
+        """
         causes: list[str] = []
         # A sum of deltas drifts from where the robot is; a commanded position is where it will be.
         self._see(state, self._delta | ~self._known)
+        if asked is None and (lost := self._measured & ~self._known).any():
+            raise DataError(  # any command would be a jump to a place that nobody chose
+                f"nobody said where the robot is along {np.flatnonzero(lost).tolist()}: reset the guard with its state"
+            )
         brake = self._braking(self._v, self._a)
         if asked is None:
             wanted = np.where(self._idles, self._towards(self._rest, []), brake)

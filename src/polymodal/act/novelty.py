@@ -25,6 +25,11 @@ _FEWEST: Final = 12
 _FORMAT: Final = "polymodal-novelty-1"
 
 
+def is_picture(value: Any) -> bool:
+    """Whether it is what `thumbnail` takes."""
+    return isinstance(value, np.ndarray) and value.ndim == 3 and value.shape[-1] == 3 and value.size > 0
+
+
 def thumbnail(image: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, " features"]:
     """The mean colour of each cell of a grid, in 0..255. Pictures smaller than the grid repeat pixels."""
     for axis in (0, 1):
@@ -147,8 +152,8 @@ class Novelty:
         )
 
     def score(self, observation: Observation) -> float:
-        """Of what is seen; infinite where a camera or the state is missing."""
-        missing = any(name not in observation.images for name in self.cameras)
+        """Of what is seen; infinite where a camera or the state is missing, or a picture is none."""
+        missing = not all(is_picture(observation.images.get(name)) for name in self.cameras)
         if missing or np.size(observation.state if observation.state is not None else ()) != len(self.state_scale):
             return float("inf")
         return self.sight.score(_features(observation, self.cameras, self.state_scale))

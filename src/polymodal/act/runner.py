@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -169,6 +170,7 @@ def run(
         env: a robot, simulated or not.
         controller: what acts.
         guard: of this robot. An emergency stop ends the run; a stop of its own ends an episode, and a paced run, too.
+            Where the loop ends by an error, the guard stops the robot first.
         episodes: how many; the n-th is drawn from ``seed + n``.
         swapped: shown the scene of one target, told another.
         instruction: told instead of the environment's own words.
@@ -230,25 +232,33 @@ def _episode(
     sent: list[np.ndarray] = []
     success = shown = False
     timing.start()
-    while steps is None or len(sent) < steps:
-        now = Observation(images=raw["images"], state=raw["state"], instruction=told, time=guard.now())
-        began = time.perf_counter()
-        view = now if fault is None else fault.seen(now)
-        asked = None if view is None else controller.action(view)
-        if fault is not None:
-            asked = fault.asked(asked, view)
-        command = guard(asked, view, disagreement=_disagreement(controller))
-        timing.ticks.append(time.perf_counter() - began)
-        if film is not None:
-            film.add(frame(view or Observation(), [told, _state(guard, number, len(sent))], len(now.images)))
-        if seen is not None:
-            seen(number, now, command)
-        raw, _, ended, cut, info = env.step(command)
-        sent.append(command)
-        success, shown = bool(info["success"]), bool(info.get("success_shown", False))
-        timing.wait()
-        if ended or cut or guard.standing:
-            break
+    try:
+        while steps is None or len(sent) < steps:
+            now = Observation(images=raw["images"], state=raw["state"], instruction=told, time=guard.now())
+            began = time.perf_counter()
+            view = now if fault is None else fault.seen(now)
+            asked = None if view is None or not _finite(view) else controller.action(view)
+            if fault is not None:
+                asked = fault.asked(asked, view)
+            command = guard(asked, view, disagreement=_disagreement(controller))
+            timing.ticks.append(time.perf_counter() - began)
+            if film is not None:
+                film.add(frame(view or Observation(), [told, _state(guard, number, len(sent))], len(now.images)))
+            if seen is not None:
+                seen(number, now, command)
+            raw, _, ended, cut, info = env.step(command)
+            sent.append(command)
+            success, shown = bool(info["success"]), bool(info.get("success_shown", False))
+            timing.wait()
+            if ended or cut or guard.standing:
+                break
+    except BaseException as error:
+        guard.stop(f"the control loop ended by an error ({type(error).__name__})")
+        with contextlib.suppress(Exception):  # it may be the robot itself that fails
+            while not guard.standing:
+                env.step(guard(None, None))
+                timing.wait()
+        raise
     return Episode(
         seed=seed,
         instruction=told,
@@ -259,6 +269,11 @@ def _episode(
         stopped=guard.stopped,
         interventions=dict(guard.counts - before),
     )
+
+
+def _finite(view: Observation) -> bool:
+    """Whether a policy can be asked: it refuses other states, and the guard holds the robot for them."""
+    return view.state is None or bool(np.isfinite(view.state).all())
 
 
 def _disagreement(controller: Controller) -> float:

@@ -52,6 +52,8 @@ class ServerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.port < 1 << 16:
+            raise ConfigError(f"a port is from 0 to {(1 << 16) - 1}, not {self.port}")
         if not self.key and not _is_loopback(self.host):
             raise ConfigError(f"{self.host} can be reached by others: give a key, or listen on 127.0.0.1")
 

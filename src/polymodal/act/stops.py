@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -19,12 +20,15 @@ from numpy import ndarray
 from polymodal.act.guard import Guard
 from polymodal.core.errors import UnsupportedError
 
+_logger = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
 def watchdog(guard: Guard, send: Callable[[Float32[ndarray, " action_dim"]], object], timeout: float) -> Iterator[None]:
     """Stops the robot when the control loop does not ask the guard for ``timeout`` seconds.
 
-    From then on it sends the commands of the stop itself, in its own thread, at the guard's rate.
+    While the loop is silent it sends the commands of the stop itself, in its own thread, at the guard's rate; one that
+    cannot be sent does not keep it from the next. A loop that comes back sends the rest of the stop.
 
     Args:
         guard: of the loop.
@@ -35,12 +39,18 @@ def watchdog(guard: Guard, send: Callable[[Float32[ndarray, " action_dim"]], obj
     guard.touched = time.monotonic()
 
     def look() -> None:
-        while not done.wait(min(timeout / 4, 1 / guard.fps)):
-            if time.monotonic() - guard.touched > timeout:
-                guard.stop(f"watch-dog: the control loop was silent for {timeout:g} s")
-                break
-        while not done.wait(1 / guard.fps):
-            send(guard(None, None))
+        ours: float | None = None  # when this thread asked the guard last, if it speaks for the loop
+        while not done.wait(min(timeout / 4, 1 / guard.fps) if ours is None else 1 / guard.fps):
+            if guard.touched != ours and time.monotonic() - guard.touched <= timeout:
+                ours = None  # of two that send, the robot would get twice the motion of a tick
+                continue
+            guard.stop(f"watch-dog: the control loop was silent for {timeout:g} s")
+            try:
+                command = guard(None, None)
+                ours = guard.touched
+                send(command)
+            except Exception:
+                _logger.exception("the watch-dog could not send a command")
 
     thread = threading.Thread(target=look, name="watch-dog", daemon=True)
     thread.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,8 @@ def _act(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
         if arguments.fit_guard:
             _fit([views[n] for n, one in enumerate(report.episodes) if one.success], env).save(arguments.fit_guard)
+    for said in dict.fromkeys(controller.errors) if _is_address(arguments.policy) else ():  # why there was no action
+        print(f"polymodal: {plain(said)}", file=sys.stderr)
     if arguments.json:
         print_json(report.to_json())
         return 0

@@ -159,14 +159,14 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is held."""
+        """Writes what is held. Until all of it is there it stays held: interrupted, this can be called again."""
         if not self._held:
             return
         number = 0 if not self.rows else _file_number(self.rows[-1]) + 1
         place = {"chunk_index": number // _CHUNK, "file_index": number % _CHUNK}
         for task in (episode.task for episode in self._held):
             self._tasks.setdefault(task, len(self._tasks))
-        new = self._table_rows(place)
+        new, pictures = self._table_rows(place)
         for key in self._pictures:
             clips = [episode.images[key.removeprefix(CAMERA)] for episode in self._held]
             with atomic_path(self.folder / VIDEO.format(video_key=key, **place)) as path:
@@ -175,12 +175,12 @@ class Writer:
         pa, pq = arrow()
         _write(pq, pa.Table.from_pylist(new), self.folder / EPISODES.format(**place))
         _write(pq, task_table(self._tasks), self.folder / TASKS)
-        self.rows += [{k: v for k, v in row.items() if not k.startswith("stats/")} for row in new]
-        self._actions += [episode.action for episode in self._held]
-        self._states += [episode.state for episode in self._held]
-        self._held = []
-        write_json(self.folder / STATS, self._statistics())
+        actions = [*self._actions, *(episode.action for episode in self._held)]
+        states = [*self._states, *(episode.state for episode in self._held)]
+        write_json(self.folder / STATS, _statistics(actions, states, pictures))
         write_json(self.folder / INFO, self._info())  # from here on they are there
+        self._held, self._actions, self._states, self._pictures = [], actions, states, pictures
+        self.rows += [{k: v for k, v in row.items() if not k.startswith("stats/")} for row in new]
 
     # ---- what is there already
 
@@ -202,7 +202,9 @@ class Writer:
 
     # ---- files
 
-    def _table_rows(self, place: Mapping[str, int]) -> list[dict[str, Any]]:
+    def _table_rows(self, place: Mapping[str, int]) -> tuple[list[dict[str, Any]], dict[str, list[Statistics]]]:
+        """Of what is held, and the statistics of all pictures."""
+        pictures = {key: known.copy() for key, known in self._pictures.items()}
         first = frame = sum(row["length"] for row in self.rows)
         rows = []
         for number, episode in enumerate(self._held):
@@ -213,7 +215,7 @@ class Writer:
             row |= {f"{of}/{name}": n for of in ("data", "meta/episodes") for name, n in place.items()}
             describe(row, ACTION, Statistics.from_array(episode.action))
             describe(row, STATE, Statistics.from_array(episode.state))
-            for key, known in self._pictures.items():
+            for key, known in pictures.items():
                 row |= {f"videos/{key}/{name}": n for name, n in place.items()}
                 row[f"videos/{key}/from_timestamp"] = (frame - first) / self._fps
                 row[f"videos/{key}/to_timestamp"] = (frame - first + len(episode)) / self._fps
@@ -221,7 +223,7 @@ class Writer:
                 describe(row, key, known[-1], deep=True)
             rows.append(row | dict(episode.extra))
             frame += len(episode)
-        return rows
+        return rows, pictures
 
     def _write_data(self, path: Path) -> None:
         """One row group an episode, as LeRobot streams them."""
@@ -247,31 +249,34 @@ class Writer:
             assert writer is not None
             writer.close()
 
-    def _statistics(self) -> dict[str, Any]:
-        """Exact, but for the quantiles of pictures, which are means of those of the episodes."""
-        row: dict[str, Any] = {}
-        describe(row, ACTION, Statistics.from_array(np.concatenate(self._actions)))
-        describe(row, STATE, Statistics.from_array(np.concatenate(self._states)))
-        for key, parts in self._pictures.items():
-            describe(row, key, Statistics.merge(parts), deep=True)
-        return {key: {n: row[f"stats/{key}/{n}"] for n in STATISTICS} for key in (ACTION, STATE, *self._pictures)}
-
     def _info(self) -> dict[str, Any]:
         return {
             "codebase_version": VERSION,
             "robot_type": self._robot,
-            "total_episodes": len(self.rows),
+            "total_episodes": self.episodes,
             "total_frames": self.frames,
             "total_tasks": self.tasks,
             "chunks_size": _CHUNK,
             "data_files_size_in_mb": 100,
             "video_files_size_in_mb": 200,
             "fps": self._fps,
-            "splits": {"train": f"0:{len(self.rows)}"},
+            "splits": {"train": f"0:{self.episodes}"},
             "data_path": DATA,
             "video_path": VIDEO if self._pictures else None,
             "features": self._features,
         }
+
+
+def _statistics(
+    actions: Sequence[np.ndarray], states: Sequence[np.ndarray], pictures: Mapping[str, Sequence[Statistics]]
+) -> dict[str, Any]:
+    """Exact, but for the quantiles of pictures, which are means of those of the episodes."""
+    row: dict[str, Any] = {}
+    describe(row, ACTION, Statistics.from_array(np.concatenate(actions)))
+    describe(row, STATE, Statistics.from_array(np.concatenate(states)))
+    for key, parts in pictures.items():
+        describe(row, key, Statistics.merge(parts), deep=True)
+    return {key: {n: row[f"stats/{key}/{n}"] for n in STATISTICS} for key in (ACTION, STATE, *pictures)}
 
 
 def _file_number(row: Mapping[str, Any]) -> int:

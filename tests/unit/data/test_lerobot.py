@@ -186,6 +186,32 @@ def test_an_interruption_anywhere_leaves_a_whole_set(tmp_path: Path, monkeypatch
         assert json.loads((folder / "meta/stats.json").read_text())["action"]["count"] == [22]
 
 
+@pytest.mark.parametrize("crash", [1, 3, 6, 7])  # of a first film, the data, the statistics, the information
+def test_an_interruption_while_what_is_held_is_written_loses_and_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: int
+) -> None:
+    for folder in ("cut", "whole"):
+        write(tmp_path / folder, range(3))
+    write(tmp_path / "whole", range(3, 6))
+    left = crash
+
+    def failing(real: Any, *given: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(lerobot_writer, "_EVERY", 3)  # the third is written as it comes, and then the end of the block
+    for name in ("atomic_path", "write_json"):
+        monkeypatch.setattr(lerobot_writer, name, partial(failing, getattr(lerobot_writer, name)))
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "cut", range(3, 6))
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+    for name in ("stats", "info"):
+        assert (tmp_path / f"cut/meta/{name}.json").read_text() == (tmp_path / f"whole/meta/{name}.json").read_text()
+
+
 def test_an_error_keeps_the_episodes_that_are_whole(tmp_path: Path) -> None:
     def fails() -> None:
         with writer(tmp_path) as out:
