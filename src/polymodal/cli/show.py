@@ -5,13 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
+
+_JOINERS: Final = "\u200c\u200d"  # without them Persian words and some emoji are others
 
 
 def plain(text: str, keep: str = "") -> str:
-    """``text`` without anything that a terminal would obey: file names are written by strangers."""
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    """``text`` without anything that a terminal would obey: file names are written by strangers.
+
+    Blanks of every width are no orders, though Python does not call them printable: French and Japanese have them.
+    """
+    fine = _JOINERS + keep
+    return "".join(
+        c if c.isprintable() or c in fine or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def print_json(value: Any) -> None:
@@ -47,6 +57,10 @@ def bar(what: str, unit: str = "pictures") -> Iterator[Callable[[int, int], None
 
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate()]
     screen = console(stderr=True)
-    with Bar(*columns, TimeRemainingColumn(), console=screen, transient=True, disable=not screen.is_terminal) as live:
+    live = Bar(
+        *columns, TimeRemainingColumn(), console=screen, transient=True, disable=not screen.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # words for a file do not go above the bar
+    )  # fmt: skip
+    with live:
         task = live.add_task(what, total=None)
         yield lambda done, total: live.update(task, completed=done, total=total)
