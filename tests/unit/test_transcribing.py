@@ -350,6 +350,15 @@ def test_words_get_times() -> None:
     assert windows[1].segments[0].words[0].start >= 0.6  # from the start of the sound, not of the window
 
 
+def test_the_token_of_a_language_is_no_word() -> None:
+    """What OpenAI publishes does not forbid it in the middle of an answer."""
+    model = Scripted({0: [Script([at(0), 1, DE, 2, at(20), at(20), DE, at(50)])]})
+    model.speech = replace(SPEECH, suppress=())
+    (window,) = heard(model, length=50, listening=Listening(language="en", words=True))
+    assert words_of([window]) == [(0.0, 0.4, " b c")]
+    assert [word.text for word in window.segments[0].words] == [" b", " c"]
+
+
 def test_the_path_follows_the_attention() -> None:
     """Four tokens behind a prompt of two look at their own tenth of the sound."""
     weights = torch.full((3, 7, 40), 0.01)
