@@ -19,6 +19,7 @@ from polymodal.samplers.alignment import punctuated, word_times
 from polymodal.samplers.autoregressive import Constraint, ScoredGuide
 from polymodal.samplers.speech import Decoding, Hears, Tape, hear_all
 from polymodal.samplers.timestamps import Piece, SpeechTokens, TimestampRules, Timestamps, pieces
+from polymodal.tokenizers.speech import spell, train_speech_bpe
 
 # Ids: letters below 30, then the control tokens, then a time for each of the 50 steps of a second and its end.
 END, START, EN, DE, TRANSLATE, TRANSCRIBE, PREVIOUS, NO_SPEECH, NO_TIMES = range(30, 39)
@@ -357,6 +358,16 @@ def test_the_token_of_a_language_is_no_word() -> None:
     (window,) = heard(model, length=50, listening=Listening(language="en", words=True))
     assert words_of([window]) == [(0.0, 0.4, " b c")]
     assert [word.text for word in window.segments[0].words] == [" b", " c"]
+
+
+def test_a_broken_character_is_no_reason_to_join_the_words_behind_it() -> None:
+    tokenizer = train_speech_bpe(["a lazy dog é猫"] * 2, 400, languages=("en",), seconds=1.0)
+    before, behind = (tokenizer.encode(text, special=False) for text in (" a lazy 猫", " dog é."))
+    byte = tokenizer.backend.token_to_id("ÿ")  # 0xFF, which no text holds
+    ids = [*before, byte, *behind]
+    words = spell(tokenizer, ids, "en")
+    assert [tokenizer.decode(word) for word in words] == [" a", " lazy", " 猫\ufffd", " dog", " é", "."]
+    assert list(itertools.chain(*words)) == ids
 
 
 def test_the_path_follows_the_attention() -> None:
