@@ -147,6 +147,21 @@ def test_what_was_heard_of_another_task_is_not_taken(model: Whisper, noise: Path
         transcribe_file(model, noise, out, Listening())
 
 
+def test_what_was_heard_before_a_sound_breaks_off_is_written(model: Whisper, tmp_path: Path) -> None:
+    wave = torch.rand(1, 13 * 16000, generator=torch.Generator().manual_seed(1)) - 0.5
+    write(tmp_path / "whole.wav", wave, 16000)
+    cut, out = tmp_path / "cut.wav", tmp_path / "cut.json"
+    cut.write_bytes((tmp_path / "whole.wav").read_bytes()[: 44 + 2 * 16000 * 12])  # the recorder lost its power
+    with pytest.raises(
+        MediaError, match=r"header says 13\.00 s, and 12\.00 s are there.* before that is in .*cut\.json"
+    ):
+        transcribe_file(model, cut, out, Listening())
+    heard = [(one["start"], one["text"]) for one in json.loads(out.read_text())["segments"]]
+    assert heard
+    assert heard == [(one.start, one.text) for one in model.transcribe(tmp_path / "whole.wav")][: len(heard)]
+    assert not (tmp_path / ".cut.json.part").exists()
+
+
 def test_what_cannot_be(model: Whisper, noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match="'xx', but: de, en"):
         model.transcribe(noise, language="xx")
