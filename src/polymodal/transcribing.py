@@ -10,7 +10,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from polymodal.core.errors import ConfigError, DataError, UnsupportedError
+from polymodal.core.errors import ConfigError, DataError, MediaError, UnsupportedError
 from polymodal.core.files import atomic_write, file_hash, read_json, write_json
 from polymodal.core.sample import Audio
 from polymodal.core.transcript import WRITERS, Heard, Listening
@@ -71,7 +71,7 @@ def transcribe_file(
     Raises:
         ConfigError: no format has this suffix.
         UnsupportedError: as `heard_in`.
-        MediaError: as `heard_in`.
+        MediaError: as `heard_in`; what was heard before the sound broke off is in ``out`` then.
     """
     out = Path(out)
     write = WRITERS.get(out.suffix.lower().removeprefix("."))
@@ -81,11 +81,19 @@ def transcribe_file(
     part = out.with_name(f".{out.name}.part")
     task = {"sound": file_hash(source), "model": model.fingerprint, "listening": asdict(listening)}
     done = _kept(part, task)
-    for heard in heard_in(model, Audio(source), listening, progress=progress, after=done[-1] if done else None):
-        done.append(heard)
-        write_json(part, {**task, "heard": [one.to_json() for one in done]})
+    broken: MediaError | None = None
+    try:
+        for heard in heard_in(model, Audio(source), listening, progress=progress, after=done[-1] if done else None):
+            done.append(heard)
+            write_json(part, {**task, "heard": [one.to_json() for one in done]})
+    except MediaError as error:  # cut off after an hour, it may be: the hour is not kept back
+        if not done:
+            raise
+        broken = error
     atomic_write(out, write([segment for heard in done for segment in heard.segments]))
     part.unlink(missing_ok=True)
+    if broken is not None:
+        raise MediaError(f"{broken}. What was heard before that is in {out}") from broken
     return out
 
 

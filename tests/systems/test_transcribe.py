@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from polymodal.cli import main
 from polymodal.cli.show import plain
 from polymodal.core.errors import ConfigError, DataError, MediaError, UnsupportedError
 from polymodal.core.sample import Audio, Sample
-from polymodal.core.transcript import Listening, Segment
+from polymodal.core.transcript import Heard, Listening, Segment
 from polymodal.core.verbs import Transcribes
 from polymodal.modalities.audio import write
 from polymodal.samplers.speech import Decoding
@@ -145,6 +147,21 @@ def test_what_was_heard_of_another_task_is_not_taken(model: Whisper, noise: Path
         transcribe_file(model, noise, out, Listening())
 
 
+def test_what_was_heard_before_a_sound_breaks_off_is_written(model: Whisper, tmp_path: Path) -> None:
+    wave = torch.rand(1, 13 * 16000, generator=torch.Generator().manual_seed(1)) - 0.5
+    write(tmp_path / "whole.wav", wave, 16000)
+    cut, out = tmp_path / "cut.wav", tmp_path / "cut.json"
+    cut.write_bytes((tmp_path / "whole.wav").read_bytes()[: 44 + 2 * 16000 * 12])  # the recorder lost its power
+    with pytest.raises(
+        MediaError, match=r"header says 13\.00 s, and 12\.00 s are there.* before that is in .*cut\.json"
+    ):
+        transcribe_file(model, cut, out, Listening())
+    heard = [(one["start"], one["text"]) for one in json.loads(out.read_text())["segments"]]
+    assert heard
+    assert heard == [(one.start, one.text) for one in model.transcribe(tmp_path / "whole.wav")][: len(heard)]
+    assert not (tmp_path / ".cut.json.part").exists()
+
+
 def test_what_cannot_be(model: Whisper, noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match="'xx', but: de, en"):
         model.transcribe(noise, language="xx")
@@ -203,6 +220,55 @@ def test_formats_and_places(folder: Path, noise: Path, tmp_path: Path, capsys: p
     said, error = run(str(noise), str(tmp_path / "nothing.wav"), code=1)
     assert "nothing.wav: there is no such file" in error
     assert not said, "told before anything is heard"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_what_is_said_goes_where_the_shell_sends_it(
+    folder: Path, noise: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``transcribe a.wav > a.txt`` at a terminal: the bar is on the terminal, the words are in the file."""
+    main(["transcribe", str(noise), "--model", str(folder)])
+    text = capsys.readouterr().out
+    screen, terminal = os.openpty()
+
+    def look() -> bytes:
+        out = b""
+        with contextlib.suppress(OSError):  # the terminal is closed
+            while piece := os.read(screen, 4096):
+                out += piece
+        return out
+
+    with ThreadPoolExecutor(1) as pool:
+        shown = pool.submit(look)
+        with open(terminal, "w") as errors:
+            monkeypatch.setattr(sys, "stderr", errors)
+            assert main(["transcribe", str(noise), "--model", str(folder)]) == 0
+            monkeypatch.undo()
+    os.close(screen)
+    assert b"noise.wav" in shown.result()
+    assert capsys.readouterr().out == text
+
+
+def test_letters_that_python_cannot_print_come_out_whole(
+    folder: Path, noise: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """French blanks, the joiners of Persian; in JSON control characters, too, are what they were."""
+    said = "Bonjour\u00a0! \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \u6771\u4eac\u3000\u5927\u962a"
+
+    def says(words: str) -> None:
+        def heard(*_: Any, **__: Any) -> Iterator[Heard]:
+            yield Heard(segments=(Segment(start=0.0, end=1.0, text=words),), until=1)
+
+        monkeypatch.setattr(Whisper, "transcribe_stream", heard)
+
+    says(said)
+    assert main(["transcribe", str(noise), "--model", str(folder)]) == 0
+    assert capsys.readouterr().out == said + "\n"
+    says(said + "\x9b\u202e\x85")
+    assert main(["transcribe", str(noise), "--model", str(folder), "--format", "json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out)["text"] == (said + "\x9b\u202e\x85").strip()
+    assert not {"\x9b", "\u202e"} & set(out), "no terminal is told anything"
 
 
 def test_a_pipe(folder: Path, noise: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

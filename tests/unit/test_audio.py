@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -158,6 +159,21 @@ def test_nothing_is_written_of_what_is_no_sound(tmp_path: Path) -> None:
         sound.write(tmp_path / "a.xyz", torch.zeros(1, 9), RATE)
     with pytest.raises(MediaError, match="no numbers"):
         write_in_blocks(tmp_path / "a.wav", torch.zeros(1, 9), torch.full((1, 9), math.inf))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit of file sizes")
+@pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3"])
+def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path, ending: str) -> None:
+    import resource
+
+    own = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, own[1]))
+    try:
+        with pytest.raises(MediaError, match=rf"a\.{ending}: cannot be written to its end; is the disk full"):
+            sound.write(tmp_path / f"a.{ending}", torch.rand(1, 4 * RATE) - 0.5, RATE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, own)
     assert not list(tmp_path.iterdir())
 
 

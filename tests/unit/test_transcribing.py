@@ -19,6 +19,7 @@ from polymodal.samplers.alignment import punctuated, word_times
 from polymodal.samplers.autoregressive import Constraint, ScoredGuide
 from polymodal.samplers.speech import Decoding, Hears, Tape, hear_all
 from polymodal.samplers.timestamps import Piece, SpeechTokens, TimestampRules, Timestamps, pieces
+from polymodal.tokenizers.speech import spell, train_speech_bpe
 
 # Ids: letters below 30, then the control tokens, then a time for each of the 50 steps of a second and its end.
 END, START, EN, DE, TRANSLATE, TRANSCRIBE, PREVIOUS, NO_SPEECH, NO_TIMES = range(30, 39)
@@ -348,6 +349,25 @@ def test_words_get_times() -> None:
     assert all(b == c for (_, b), (c, _) in itertools.pairwise(times))
     assert all(w.probability > 0.99 for w in (*first.words, *second.words))
     assert windows[1].segments[0].words[0].start >= 0.6  # from the start of the sound, not of the window
+
+
+def test_the_token_of_a_language_is_no_word() -> None:
+    """What OpenAI publishes does not forbid it in the middle of an answer."""
+    model = Scripted({0: [Script([at(0), 1, DE, 2, at(20), at(20), DE, at(50)])]})
+    model.speech = replace(SPEECH, suppress=())
+    (window,) = heard(model, length=50, listening=Listening(language="en", words=True))
+    assert words_of([window]) == [(0.0, 0.4, " b c")]
+    assert [word.text for word in window.segments[0].words] == [" b", " c"]
+
+
+def test_a_broken_character_is_no_reason_to_join_the_words_behind_it() -> None:
+    tokenizer = train_speech_bpe(["a lazy dog é猫"] * 2, 400, languages=("en",), seconds=1.0)
+    before, behind = (tokenizer.encode(text, special=False) for text in (" a lazy 猫", " dog é."))
+    byte = tokenizer.backend.token_to_id("ÿ")  # 0xFF, which no text holds
+    ids = [*before, byte, *behind]
+    words = spell(tokenizer, ids, "en")
+    assert [tokenizer.decode(word) for word in words] == [" a", " lazy", " 猫\ufffd", " dog", " é", "."]
+    assert list(itertools.chain(*words)) == ids
 
 
 def test_the_path_follows_the_attention() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polymodal.cli.common import Commands, command, load_model, with_model
-from polymodal.cli.show import bar, plain
+from polymodal.cli.show import bar, plain, print_json
 
 if TYPE_CHECKING:
     from polymodal.core.transcript import Listening, Segment
@@ -97,7 +98,9 @@ def _print(model: System, source: Path, name: str, listening: Listening, kind: s
                     print(f"{plain(name)}:")
                 print(plain(WRITERS["txt"](heard.segments), keep="\n"), end="", flush=True)
             segments += heard.segments
-    if kind != "txt":
+    if kind == "json":
+        print_json(json.loads(WRITERS[kind](segments)))  # what `plain` makes of odd letters is no JSON
+    elif kind != "txt":
         print(plain(WRITERS[kind](segments), keep="\n"), end="")
 
 

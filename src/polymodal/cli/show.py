@@ -7,9 +7,9 @@ import json
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
-_JOINERS = "\u200c\u200d"  # Persian, Hindi and many emoji are spelled with them
+_JOINERS: Final = "\u200c\u200d"  # Persian, Hindi and many emoji are spelled with them
 
 
 def plain(text: str, keep: str = "") -> str:
@@ -55,6 +55,10 @@ def bar(what: str, unit: str = "pictures") -> Iterator[Callable[[int, int], None
 
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate()]
     screen = console(stderr=True)
-    with Bar(*columns, TimeRemainingColumn(), console=screen, transient=True, disable=not screen.is_terminal) as live:
+    live = Bar(
+        *columns, TimeRemainingColumn(), console=screen, transient=True, disable=not screen.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # words for a file do not go above the bar
+    )  # fmt: skip
+    with live:
         task = live.add_task(what, total=None)
         yield lambda done, total: live.update(task, completed=done, total=total)

@@ -226,7 +226,7 @@ def writing(
         channels: of every block.
 
     Raises:
-        MediaError: another suffix, or samples that are no numbers.
+        MediaError: another suffix, samples that are no numbers, or no room for them.
         MissingDependency: soundfile is not installed.
     """
     path = Path(path)
@@ -252,8 +252,11 @@ def writing(
             for start in range(0, samples.shape[1], rate):
                 file.write(np.clip(samples[:, start : start + rate], -1, 1).T)
 
-        yield add
-        stack.close()
+        try:
+            yield add
+            stack.close()
+        except soundfile.LibsndfileError as error:
+            raise MediaError(f"{path}: cannot be written to its end; is the disk full? ({error})") from error
 
 
 def write(path: str | Path, wave: Float[Tensor, "channels samples"], rate: int) -> None:

@@ -215,7 +215,8 @@ def hear_all(
 
 
 def _said(part: Piece, speech: SpeechTokens) -> list[int]:
-    return [token for token in part.tokens if token < speech.first_time]
+    """The words: published models may write a language's token among them, which is behind the end."""
+    return [token for token in part.tokens if token < speech.end]
 
 
 def _segments(

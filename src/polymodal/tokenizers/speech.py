@@ -13,6 +13,7 @@ from polymodal.tokenizers.language import LanguageTokenizer, learn_bpe
 END, START = "<|endoftext|>", "<|startoftranscript|>"
 NO_TIMESTAMPS, PREVIOUS = "<|notimestamps|>", "<|startofprev|>"
 TASKS: Final = ("translate", "transcribe")
+_BROKEN: Final = "\N{REPLACEMENT CHARACTER}"  # bytes that are no character, or not yet
 _UNSPACED: Final = frozenset({"zh", "ja", "th", "lo", "my", "yue"})  # written without blanks between words
 
 
@@ -57,10 +58,15 @@ def spell(tokenizer: LanguageTokenizer, ids: Sequence[int], language: str | None
     Source: openai/whisper, tokenizer.py.
     """
     characters: list[list[int]] = [[]]
+    whole, done = tokenizer.decode(ids), 0
     for token in ids:
         characters[-1].append(token)
-        if "\N{REPLACEMENT CHARACTER}" not in tokenizer.decode(characters[-1]):
+        text = tokenizer.decode(characters[-1])
+        broken = text.find(_BROKEN)
+        # Bytes that stay broken in the whole text wait for nothing: a character of them ends here.
+        if broken < 0 or whole[done + broken : done + broken + 1] == _BROKEN:
             characters.append([])
+            done += len(text)
     pieces = [piece for piece in characters if piece]
     if language in _UNSPACED:
         return pieces
