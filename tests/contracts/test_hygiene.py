@@ -18,6 +18,7 @@ LARGE = {
     "src/polymodal/shipped/nano-clip/model.safetensors": "the shipped model (8 MB): without it nothing works offline",
     "src/polymodal/shipped/nano-vlm/model.safetensors": "the shipped model that answers (3 MB): `ask` works offline",
     "src/polymodal/shipped/nano-encodec/model.safetensors": "the shipped codec (3 MB): recipes write its codes offline",
+    "src/polymodal/shipped/nano-pick-place/model.safetensors": "the shipped policy (2 MB): `act` works offline",
 }
 
 # Written in pieces, so that this file does not find itself.

@@ -70,6 +70,14 @@ def test_the_shipped_policy_does_what_it_is_told() -> None:
     assert found["swapped, shown left alone"] >= 0.9
 
 
+def test_the_shipped_policy_puts_what_it_is_told_where_it_is_told() -> None:
+    found = replace(pick_place.PICK_PLACE, tried=5).trials(polymodal.load("polymodal/nano-pick-place"))
+    assert found["new wordings"] >= 0.8
+    assert found["new combinations"] >= 0.6
+    assert found["swapped, told of normal"] >= 0.8
+    assert found["swapped, shown left alone"] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from polymodal.act.runner import Expert, Sampled, run
 from polymodal.act.server import PolicyServer, ServerConfig
 from polymodal.api import load
 from polymodal.cli import main
+from polymodal.cli.act import _size
 from polymodal.core.errors import MediaError
 from polymodal.core.interval import wilson
 from polymodal.core.observation import Observation
@@ -63,6 +64,13 @@ def test_samples_that_disagree_hold_the_robot() -> None:
         policy = Sampled(ToyPolicy(noise), 8, LIMITS)
         report = run(env, Player(policy, Receding(execute=2)), Guard(LIMITS, fps=FPS), episodes=1, steps=10)
         assert ("held: disagreement" in report.interventions) == held
+
+
+def test_cameras_draw_what_a_policy_reads_where_they_can() -> None:
+    policy = load("polymodal/nano-reach")
+    assert _size("tabletop/reach", policy) == _size("metaworld", policy) == 48
+    assert _size("babyai/GoToLocal", policy) is None  # its cells are whole pixels
+    assert _size("tabletop/reach", None) is None
 
 
 class Broken(ToyPolicy):

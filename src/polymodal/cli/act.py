@@ -56,14 +56,16 @@ def _act(arguments: argparse.Namespace) -> int:
 
     pace = arguments.pace or _is_address(arguments.policy)
     novelty = Novelty.load(arguments.guard) if arguments.guard else None
-    chosen = {"size": arguments.size, "cameras": arguments.cameras}
+    local = arguments.policy != "expert" and not _is_address(arguments.policy)
+    policy = _policy(arguments.policy, arguments.dataset, arguments.precision) if local else None
+    chosen = {"size": arguments.size or _size(arguments.env, policy), "cameras": arguments.cameras}
     with contextlib.ExitStack() as stack:
         env = stack.enter_context(make(arguments.env, **{name: of for name, of in chosen.items() if of is not None}))
         limits = env.limits() if novelty is None or novelty.limits is None else novelty.limits
         if arguments.limits:
             limits = Limits.from_json(read_json(arguments.limits))
         guard = Guard(limits, fps=env.fps, novelty=novelty, log=arguments.log, clock=time.monotonic if pace else None)
-        controller = stack.enter_context(contextlib.closing(_controller(arguments, env, limits)))
+        controller = stack.enter_context(contextlib.closing(_controller(arguments, policy, env, limits)))
         out = stack.enter_context(film(arguments.film, env.fps)) if arguments.film else None
         if pace:
             stack.enter_context(stop_on_signals(guard))
@@ -101,7 +103,18 @@ def _is_address(policy: str) -> bool:
     return policy.startswith(("ws://", "wss://"))
 
 
-def _controller(arguments: argparse.Namespace, env: Any, limits: Limits) -> Any:
+def _size(env: str, policy: Any) -> int | None:
+    """The side of the pictures that a policy reads: drawn larger and made smaller, they look otherwise to it."""
+    from polymodal.act.envs import FAMILIES
+    from polymodal.modalities.image import Exact
+
+    family, reads = FAMILIES.get(env.partition("/")[0]), getattr(getattr(policy, "images", None), "resize", None)
+    if family is None or not family.any_size or not isinstance(reads, Exact) or reads.height != reads.width:
+        return None
+    return reads.height
+
+
+def _controller(arguments: argparse.Namespace, policy: Any, env: Any, limits: Limits) -> Any:
     """What acts: the environment's expert, a policy here, or one behind an address."""
     import torch
 
@@ -114,7 +127,7 @@ def _controller(arguments: argparse.Namespace, env: Any, limits: Limits) -> Any:
     if _is_address(arguments.policy):
         client = Client(arguments.policy, key=os.environ.get(KEY))
         return RemotePlayer(client, fps=env.fps, execute=arguments.execute or max(1, client.horizon // 2))
-    policy: Any = _policy(arguments.policy, arguments.dataset, arguments.precision)
+    assert policy is not None
     if arguments.samples > 1:
         policy = Sampled(policy, arguments.samples, limits)
     return Player(policy, _way(arguments, policy), generator=torch.Generator().manual_seed(arguments.seed))
@@ -234,7 +247,9 @@ The guard always holds the robot's limits; with --guard it knows what is normal,
     act.add_argument("--log", metavar="FILE", help="every intervention of the guard is appended, as JSON lines")
     act.add_argument("--pace", action="store_true", help="hold the environment's rate by the clock")
     _with_policy(act)
-    act.add_argument("--size", type=count, metavar="PIXELS", help="side of the pictures")
+    act.add_argument(
+        "--size", type=count, metavar="PIXELS", help="side of the pictures (default: what the policy reads)"
+    )
     act.add_argument("--cameras", nargs="+", metavar="NAME", help="which cameras (default: all of them)")
     with_json(act)
 

@@ -26,13 +26,20 @@ class Family:
     maker: str  # its class
     extra: str  # to install
     default: str  # its task where none is named
+    any_size: bool = False  # cameras draw its pictures, of any size
 
 
 FAMILIES: Final[dict[str, Family]] = {
     "tabletop": Family(
-        "put the blue cup on the left plate: words are needed; our own, in MuJoCo", "Tabletop", "act", "pick-place"
+        "put the blue cup on the left plate: words are needed; our own, in MuJoCo",
+        "Tabletop",
+        "act",
+        "pick-place",
+        any_size=True,
     ),
-    "metaworld": Family("50 tasks of a robot arm, and mt10, ten of them in one", "MetaWorld", "metaworld", "mt10"),
+    "metaworld": Family(
+        "50 tasks of a robot arm, and mt10, ten of them in one", "MetaWorld", "metaworld", "mt10", any_size=True
+    ),
     "babyai": Family("a grid world told in a small language; the fastest", "BabyAI", "babyai", "GoToLocal"),
     "miniwob": Family("small web pages worked with mouse and keyboard", "MiniWoB", "miniwob", "click-test"),
 }
