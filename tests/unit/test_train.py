@@ -60,6 +60,7 @@ def test_schedules_have_the_published_values() -> None:
         {"clip": 0.0},
         {"workers": -1},
         {"schedule": Cosine(warmup=25)},
+        {"schedule": Constant(warmup=-1)},
     ],
 )
 def test_impossible_stages_are_refused(change: dict[str, Any]) -> None:

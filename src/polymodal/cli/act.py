@@ -179,7 +179,7 @@ def _fit(episodes: list[list[Any]], env: RobotEnv) -> Novelty:
 def _serve_policy(arguments: argparse.Namespace) -> int:
     from polymodal.act.server import PolicyServer, ServerConfig
 
-    config = ServerConfig(host=arguments.host, port=arguments.port, key=arguments.key or os.environ.get(KEY))
+    config = ServerConfig(host=arguments.host, port=arguments.port, key=arguments.key or os.environ.get(KEY) or None)
     policy = _policy(arguments.policy, arguments.dataset, arguments.precision)
     server = PolicyServer(policy, config, metadata={"policy": arguments.policy})
     print(f"{plain(arguments.policy)}: ws://{plain(arguments.host)}:{server.port}, Ctrl-C ends it", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ class Display:
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._live,
+            redirect_stdout=sys.stdout.isatty(),  # what is printed for a file does not go above the bar
         )
         self._task = self._bar.add_task(name, total=steps, completed=step, facts="")
         self._first = step

@@ -105,7 +105,8 @@ class Stage:
         wrong += [f"ema is {self.ema}"] * (self.ema is not None and not 0 <= self.ema < 1)
         wrong += [f"clip is {self.clip}"] * (self.clip is not None and not self.clip > 0)
         wrong += [f"workers is {self.workers}"] * (self.workers < 0)
-        wrong += [f"warmup is {self.schedule.warmup} of {self.steps} steps"] * (self.schedule.warmup > self.steps)
+        warmup = self.schedule.warmup
+        wrong += [f"warmup is {warmup} of {self.steps} steps"] * (not 0 <= warmup <= self.steps)
         wrong += [f"precision is {self.precision!r}"] * (self.precision not in get_args(Precision))
         if self.batch_size % max(1, self.accumulate):
             wrong.append(f"a batch of {self.batch_size} does not divide into {self.accumulate} micro-batches")
