@@ -144,7 +144,7 @@ def test_whisper_spells_what_is_said_and_nothing_in_silence() -> None:
 
 @SPEECH
 def test_whisper_spells_then_listens_and_a_few_steps_reach_no_bar(tmp_path: Path) -> None:
-    result = fit(whisper.run((2, 3), batch_size=2, pool=12, asked=1), tmp_path, device="cpu")
+    result = fit(whisper.run((2, 2, 1), batch_size=2, pool=12, asked=1), tmp_path, device="cpu")
     assert result.finished
     assert set(result.reached) <= set(result.metrics)
     assert not any(result.reached[name] for name in ("voices", "flite", "noisy"))
