@@ -30,7 +30,7 @@ from recipes.nano.acting import Demonstrations, at_once, fresh
 EPISODES = 600
 HORIZON, EXECUTE = 8, 4
 NOISE = 0.3  # largest deviation of the noise on what the demonstrator does; what is learned is what it wanted
-STEPS: Final = {L1: 2500, Bins: 2000, Flow: 1500}  # a minute of a core without AVX-512 each
+STEPS: Final = {L1: 2500, Bins: 2000, Flow: 1500}  # about a minute of a core without AVX-512
 BATCH: Final = 128
 TASKS: Final = (
     "reach-v3", "push-v3", "pick-place-v3", "door-open-v3", "drawer-open-v3", "drawer-close-v3",
