@@ -336,11 +336,10 @@ class _Run:
         self.model = self.found.build(self.dry, self.dtype)
         self.parameters = parameters(self.model)
         self.weights = _weight_bytes(self.model, int8=self.dtype == "int8")
+        weights = torch.bfloat16 if self.dtype == "bf16" else torch.float32
         if self.dtype == "int8":
             self.dry.quantise(self.model)
-        elif can_pack(torch.bfloat16 if self.dtype == "bf16" else torch.float32) and not isinstance(
-            self.model, Policy
-        ):  # as commands do
+        elif can_pack(weights) and not isinstance(self.model, Policy):  # as commands do
             self.dry.pack(self.model)
         self.given = settled(self.model, self.given)
 

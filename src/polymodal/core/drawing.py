@@ -96,6 +96,9 @@ class Settled(Drawing):
         strength: None where no picture is begun with.
         control_scale: how much a control picture counts, if the model looks at one.
         control_guess: whether the control picture leads, and not the prompt.
+
+    Raises:
+        ConfigError: a value is out of its range, or is of guidance where there is none.
     """
 
     steps: int
@@ -104,6 +107,11 @@ class Settled(Drawing):
     size: tuple[int, int]
     control_scale: float | None = None
     control_guess: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.of_guidance and self.guidance == 1:
+            raise ConfigError(f"{self.of_guidance}: this is said of guidance; at a guidance of 1 there is none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from polymodal.core.transcript import Heard, Listening, Segment, Task, Word
 from polymodal.core.verbs import Memory
 from polymodal.samplers.alignment import punctuated, word_times
 from polymodal.samplers.autoregressive import Settings, Step, advance, collect, search
+from polymodal.samplers.modes import Wordless
 from polymodal.samplers.timestamps import Piece, SpeechTokens, Timestamps, pieces
 
 
@@ -109,22 +110,6 @@ class Answer:
         return self.ratio > decoding.repeats or self.logprob < decoding.logprob
 
 
-class _Mute:
-    """Makes no text of tokens: only whole answers become text."""
-
-    def stream(self) -> _Mute:
-        return self
-
-    def push(self, token: int) -> str:
-        return ""
-
-    def finish(self) -> str:
-        return ""
-
-
-_MUTE: Final = _Mute()
-
-
 @torch.no_grad()
 def write(model: Hears, heard: Any, prompt: Sequence[int], temperature: float, decoding: Decoding, seed: int) -> Answer:
     """One answer to one window, by the rules of times."""
@@ -137,7 +122,7 @@ def write(model: Hears, heard: Any, prompt: Sequence[int], temperature: float, d
     start = len(prompt) - 1 - list(prompt[::-1]).index(speech.start)
     memory, scores = model.begin(heard, prompt, (start, len(prompt) - 1))
     no_speech = float(scores[0].float().softmax(0)[speech.no_speech])
-    one = search(0, prompt, settings, (speech.end,), _MUTE)
+    one = search(0, prompt, settings, (speech.end,), Wordless())
     running, steps, scores = [(one, 1)], list[Step](), scores[1:]
     while running:
         steps += one.advance(scores, max(memory.lengths) < memory.capacity)

@@ -179,8 +179,6 @@ class Painter(System):
             raise UnsupportedError(
                 f"{d.of_guidance}: {name} is distilled, and has no second prediction to be guided by"
             )
-        if d.of_guidance and guidance == 1:
-            raise ConfigError(f"{d.of_guidance}: this is said of guidance; at a guidance of 1 there is none")
         strength = None if begun is None else d.strength or (1.0 if masked else STRENGTH)
         return Settled(
             steps=d.steps or self.steps, guidance=guidance,

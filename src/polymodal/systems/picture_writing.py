@@ -84,12 +84,9 @@ class PictureWriter(System):
                 f"{type(self).__name__} writes a picture code by code: it takes {steps} steps, has no "
                 "strength, and guidance that is the same from the first code to the last"
             )
-        guidance = self.writing.guidance if d.guidance is None else d.guidance
-        if d.negative and guidance == 1:
-            raise ConfigError("a negative prompt: this is said of guidance; at a guidance of 1 there is none")
         return Settled(
-            size=(side, side), steps=steps, guidance=guidance, negative=d.negative,
-            seed=any_seed() if d.seed is None else d.seed,
+            size=(side, side), steps=steps, guidance=self.writing.guidance if d.guidance is None else d.guidance,
+            negative=d.negative, seed=any_seed() if d.seed is None else d.seed,
         )  # fmt: skip
 
     @torch.no_grad()

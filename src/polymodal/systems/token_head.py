@@ -17,6 +17,7 @@ from polymodal.nn.cache import KVCache
 from polymodal.nn.norm import RMS
 from polymodal.nn.rope import Rope
 from polymodal.samplers.autoregressive import Settings, complete
+from polymodal.samplers.modes import Wordless
 from polymodal.tokenizers.fast import FAST
 
 _MOST_BYTES = 3  # of one character: no token is shorter than a byte
@@ -74,7 +75,7 @@ class TokenActions(nn.Module):
         ids = torch.zeros(len(condition), 1, dtype=torch.int64)
         prompt = Batch(ids=ids, valid=torch.ones_like(ids, dtype=torch.bool), condition=condition)
         settings = Settings(constraint=fast.constraint(size=self.vocab_size), max_new_tokens=self.longest)
-        return fast.decode([answer.ids for answer in complete(self, prompt, settings, _Wordless())]).to(condition)
+        return fast.decode([answer.ids for answer in complete(self, prompt, settings, Wordless())]).to(condition)
 
     def prompt(self, chats: object) -> Batch:
         raise NotImplementedError("what is asked is a vector")
@@ -94,16 +95,3 @@ class TokenActions(nn.Module):
 
     def _scores(self, tokens: Sequence, memory: KVCache) -> Float[Tensor, "rows vocab"]:
         return self.backbone.logits(self.backbone(tokens, memory).x[:, 0]).float()
-
-
-class _Wordless:
-    """The `Stream` of tokens that are no text."""
-
-    def stream(self) -> _Wordless:
-        return self
-
-    def push(self, token: int) -> str:
-        return ""
-
-    def finish(self) -> str:
-        return ""
