@@ -131,7 +131,7 @@ def main() -> None:
         }
         player.close()
     figures["wire, ms"] = wire(arguments.rounds)
-    report("control", figures)
+    report("control-asynchronous" if arguments.asynchronous else "control", figures)
 
 
 if __name__ == "__main__":

@@ -82,13 +82,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/policies"))
     args = parser.parse_args()
-    figures: dict[str, Any] = {"machine": machine()}
+    about = machine()
     for name in args.policies:
         seeds: list[dict[str, Any]] = []
         for seed in range(args.seeds):
             seeds.append(learned(POLICIES[name], seed, args.out / f"{name}-{seed}"))
-            figures[name] = summary(POLICIES[name], seeds)
-            report("policies" if len(args.policies) > 1 else f"policies-{name}", figures)
+            report(f"policies-{name}", {"machine": about, name: summary(POLICIES[name], seeds)})
 
 
 if __name__ == "__main__":
