@@ -79,6 +79,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["frames"][0]["score"] != row["frames"][0]["score"]
     assert main([*asked[:-1], "--answer", "red"]) == 1
     assert "--when" in capsys.readouterr().err
+    assert main([*asked, "--draw", str(tmp_path)]) == 1
+    assert "--draw is not for --when" in capsys.readouterr().err
     assert main(["ask", str(tmp_path / "clip.mp4"), str(tmp_path / "clip.mp4"), *asked[2:]]) == 1
     assert "one clip" in capsys.readouterr().err
 

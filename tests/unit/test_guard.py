@@ -363,6 +363,8 @@ def test_novelty_is_kept_and_read_back(tmp_path: Path) -> None:
             Novelty.load(tmp_path / path)
     with pytest.raises(DataError, match="episodes"):
         Novelty.fit(episodes[:3], actions[:3])
+    with pytest.raises(DataError, match="two steps"):
+        Novelty.fit([*episodes[:11], episodes[11][:1]], [*actions[:11], actions[11][:1]])
 
 
 # -- what once came through

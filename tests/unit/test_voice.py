@@ -134,4 +134,9 @@ def test_commands(recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (told,) = json.loads(capsys.readouterr().out)
     assert told["marked"]
     assert told["false_alarm"] < 1e-4
+    (tmp_path / "broken.wav").write_bytes(b"RIFF no sound")
+    assert main(["detect-watermark", str(tmp_path / "broken.wav"), str(tmp_path / "made.flac")]) == 1
+    said = capsys.readouterr()
+    assert "broken.wav" in said.err
+    assert "made.flac: watermark of Polymodal" in said.out  # one that cannot be read hides no other
     assert main(["detect-watermark", str(tmp_path / "none.wav")]) == 1

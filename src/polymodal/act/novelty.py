@@ -129,10 +129,12 @@ class Novelty:
         """From demonstrations, or from any episodes that went well.
 
         Raises:
-            DataError: there are fewer than twelve, or their cameras differ.
+            DataError: there are fewer than twelve, one has a single step, or their cameras differ.
         """
         if len(episodes) < _FEWEST or len(actions) != len(episodes):
             raise DataError(f"to know what is normal takes {_FEWEST} episodes with their actions, not {len(episodes)}")
+        if min(map(len, actions)) < 2:
+            raise DataError("an episode of less than two steps does not tell how a robot moves: leave it out")
         cameras = tuple(episodes[0][0].images)
         if any(tuple(sorted(o.images)) != tuple(sorted(cameras)) for episode in episodes for o in episode):
             raise DataError(f"some observations have other cameras than {', '.join(cameras)}")

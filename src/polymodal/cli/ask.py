@@ -25,6 +25,10 @@ HEARER = "Qwen/Qwen2-Audio-7B-Instruct"
 def _ask(arguments: argparse.Namespace) -> int:
     if arguments.answer is not None and arguments.when is None:
         raise ConfigError("--answer says what --when looks for: polymodal ask film.mp4 QUESTION --when --answer TEXT")
+    if arguments.when is not None:
+        for name in ("show", "draw", "schema", "sampling"):
+            if getattr(arguments, name) is not None:
+                raise ConfigError(f"--{name} is not for --when, which tells times and writes no answer")
     if not arguments.question.strip():
         raise ConfigError("the question is empty; it comes last, in one pair of quotes")
     if os.path.isfile(os.path.expanduser(arguments.question)):  # it would be asked, about one file less

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from polymodal.cli.common import Commands, command, count, load_model, with_json, with_model
 from polymodal.cli.listen import LISTENER
 from polymodal.cli.show import bar, plain, print_json
-from polymodal.core.errors import ConsentError, UnsupportedError
+from polymodal.core.errors import ConsentError, PolymodalError, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,22 +52,26 @@ def _detect_watermark(arguments: argparse.Namespace) -> int:
     from polymodal.modalities.audio import blocks, check
     from polymodal.modalities.watermark import Detection, detect_watermark
 
-    found, paths = [], [Path(name).expanduser() for name in arguments.files]
-    for path in paths:
-        check(path)
-    for name, path in zip(arguments.files, paths, strict=True):
-        pieces = [detect_watermark(piece, WATCHED) for piece in blocks(Audio(path), WATCHED, PIECE)]
+    found = []
+    for name in arguments.files:
+        path = Path(name).expanduser()
+        try:
+            check(path)
+            pieces = [detect_watermark(piece, WATCHED) for piece in blocks(Audio(path), WATCHED, PIECE)]
+        except PolymodalError as error:  # the others are still looked at
+            print("polymodal: " + plain(str(error), keep="\n"), file=sys.stderr)
+            continue
         best = max(pieces, key=lambda piece: piece.score)
         alarm = min(1.0, best.false_alarm * len(pieces))  # every piece was one more chance to be wrong
         found.append((name, Detection(score=best.score, false_alarm=alarm)))
     if arguments.json:
         print_json([{"path": n, "marked": d.marked, "score": d.score, "false_alarm": d.false_alarm} for n, d in found])
-        return 0
-    for name, one in found:
-        chance = f"; chance reaches it with a probability below {one.false_alarm:.0e}" if one.marked else ""
-        verdict = "watermark of Polymodal" if one.marked else "no watermark found"
-        print(f"{plain(name)}: {verdict} (score {one.score:.1f}{chance})")
-    return 0
+    else:
+        for name, one in found:
+            chance = f"; chance reaches it with a probability below {one.false_alarm:.0e}" if one.marked else ""
+            verdict = "watermark of Polymodal" if one.marked else "no watermark found"
+            print(f"{plain(name)}: {verdict} (score {one.score:.1f}{chance})")
+    return int(len(found) < len(arguments.files))
 
 
 def _make(arguments: argparse.Namespace, name: str, voice: Voice | None = None) -> int:
