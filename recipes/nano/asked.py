@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Final
 
 import numpy as np
@@ -53,21 +53,48 @@ ASKED: Final = {
     "reading": ("documents", "read"), "chart value": ("charts", "value"),
 }  # fmt: skip
 NOTHING: Final = "nothing"  # what a patch without an object or a letter is called
-MAPS: Final = ("shape", "colour", "middle", "letter", "second", "next")  # what a patch is named for
+VALUE: Final = ("first", "then", "third", "last")  # the signs of a number, as it is answered
+MAPS: Final = ("shape", "colour", "middle", "letter", "second", "next", "row", "column", *VALUE)  # what names a patch
+THINGS: Final = ("many", "across", "down", *VALUE)  # what names a thing in a question: how many, and where the one is
+LIES: Final = -1  # in the place of one of them: a patch that is its middle follows, not a word
+PLACES: Final = {
+    "row": [str(i // (SIZE // PATCH)) for i in range(PATCHES)],
+    "column": [str(i % (SIZE // PATCH)) for i in range(PATCHES)],
+}
+KNOWN: Final[Mapping[str, str | None]] = {  # the shape that a word of a question means, None for any
+    "object": None, "objects": None, **{s: s for s in shapes.SHAPES}, **{shapes.plural(s): s for s in shapes.SHAPES},
+}  # fmt: skip
+CHARTS: Final = 12_000  # charts of training: each is met several times, with other questions
 EMPTY: Final = 0.2  # of the patches that show nothing are learned: most do
 DESCRIBED: Final = 0.7  # of the rows end with a description: a yes or no teaches little where to look
 DESCRIBE: Final = ("describe the picture in one sentence.", "describe the picture.", "what do you see?")
 
 
 @lru_cache(maxsize=1)
+def asked_words() -> frozenset[str]:
+    """The words of the questions of training, without what they are about."""
+    wordings = [*questions.WORDINGS.values(), *charts.WORDINGS.values(), *documents.WORDINGS.values()]
+    return _words(w for group in wordings for i, w in enumerate(group) if i not in HELD_OUT_PARAPHRASES)
+
+
+def _words(texts: Iterable[str]) -> frozenset[str]:
+    return frozenset(word for text in texts for word in re.findall("[a-z]+", re.sub(r"\{.*?\}", " ", text)))
+
+
+@lru_cache(maxsize=1)
+def idle_words() -> tuple[str, ...]:
+    """Those of them that tell no thing, place or more and less."""
+    telling = _words([*KNOWN, *shapes.RELATIONS, "higher lower no not more fewer larger most least"])
+    return tuple(sorted(word for word in asked_words() - telling if not word.endswith("est")))
+
+
+@lru_cache(maxsize=1)
 def tokenizer() -> LanguageTokenizer:
     """Words of the questions of training, of colours and of shapes; other words are spelled."""
-    wordings = [*questions.WORDINGS.values(), *charts.WORDINGS.values(), *documents.WORDINGS.values()]
-    said = [w for group in wordings for i, w in enumerate(group) if i not in HELD_OUT_PARAPHRASES]
-    said += [*shapes.COLOURS, *shapes.SHAPES, *map(shapes.plural, shapes.SHAPES), *shapes.RELATIONS]
+    said = [*shapes.COLOURS, *shapes.SHAPES, *map(shapes.plural, shapes.SHAPES), *shapes.RELATIONS]
     said += ["objects", "yes", "no", questions.UNKNOWN, "left top right bottom middle further lower higher", NOTHING]
-    said += [*DESCRIBE, "bar pie chart text lines", *MAPS, *(f"{noun} {noun}s" for noun in charts.NOUNS.values())]
-    words = {word for text in said for word in re.findall("[a-z]+", re.sub(r"\{.*?\}", " ", text))}
+    said += [*DESCRIBE, "bar pie chart text lines", *(f"{noun} {noun}s" for noun in charts.NOUNS.values())]
+    words = asked_words() | _words(said)
     found = LanguageTokenizer.of_words(word for word in words if len(word) > 1 or word == "a")
     return replace(found, config={**found.config, "chat_template": TEMPLATE})
 
@@ -84,12 +111,21 @@ def _control(name: str) -> int:
 
 
 @dataclass(frozen=True)
+class Thing:
+    """What words of a question name: what is said of it, of `THINGS`, and the patches in which it lies."""
+
+    said: Mapping[str, str]
+    at: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Lesson:
     """A picture, what is asked about it, and the words that its patches have in some `MAPS`."""
 
     pixels: UInt8[np.ndarray, "size size 3"]
     asked: Sequence[tuple[str, str]]
-    maps: Callable[[], dict[str, list[str]]]  # made where they are learned from
+    maps: Callable[[], Mapping[str, Sequence[str | None]]]  # made where they are learned from
+    things: Callable[[list[str]], dict[int, Thing]]  # what the words of a question name, at the last of them
 
 
 def _weighted(rng: np.random.Generator, weights: dict[str, float]) -> str:
@@ -101,7 +137,7 @@ def of_scene(rng: np.random.Generator, turns: int) -> Lesson:
     scene, first = questions.pose(rng, kind=_weighted(rng, KINDS))
     more = [questions.ask(scene, rng, kind=_weighted(rng, KINDS)) for _ in range(turns - 1)]
     found = _different([first, *more], describe_scene(scene), rng)
-    return Lesson(shapes.render(scene, SIZE), found, partial(map_scene, scene))
+    return Lesson(shapes.render(scene, SIZE), found, partial(map_scene, scene), partial(things_of_scene, scene))
 
 
 def describe_scene(scene: shapes.Scene) -> str:
@@ -113,16 +149,27 @@ def describe_scene(scene: shapes.Scene) -> str:
     )
 
 
+@lru_cache(maxsize=CHARTS)
+def drawn(index: int) -> tuple[charts.Chart, UInt8[np.ndarray, "size size 3"], list[tuple[str, float, float]]]:
+    """A chart of training, its picture and its letters: it takes eight times as long to draw as a scene."""
+    chart = charts.chart(np.random.default_rng([SIZE, index]), size=SIZE)
+    return chart, charts.render(chart, SIZE), charts.letters(chart, SIZE)
+
+
 def of_chart(rng: np.random.Generator, turns: int) -> Lesson:
-    chart = charts.chart(rng, size=SIZE)
-    marks = zip(chart.categories, chart.values[0], strict=True)
-    if len(charts.questions(chart)) == len(charts.QUESTIONS):
-        said = ", ".join(f"{name} {charts.number_text(value)}" for name, value in marks)
-    else:
-        said = ", ".join(name for name, _ in marks)
+    chart, pixels, letters = drawn(int(rng.integers(CHARTS)))
+    values = values_of(chart)
+    said = ", ".join(f"{name} {value}" for name, value in values.items()) or ", ".join(chart.categories)
     asked = [charts.ask(chart, rng, kind=_weighted(rng, CHARTED)) for _ in range(turns)]
     found = _different(asked, f"{chart.kind} chart: {said}", rng)
-    return Lesson(charts.render(chart, SIZE), found, lambda: map_letters(charts.letters(chart, SIZE)))
+    return Lesson(pixels, found, partial(map_letters, letters, values), partial(things_of_chart, letters, values))
+
+
+def values_of(chart: charts.Chart) -> dict[str, str]:
+    """What each bar or slice stands at, as it is answered; none where the chart does not tell."""
+    if len(charts.questions(chart)) < len(charts.QUESTIONS):
+        return {}
+    return dict(zip(chart.categories, map(charts.number_text, chart.values[0]), strict=True))
 
 
 def of_line(rng: np.random.Generator) -> Lesson:
@@ -130,7 +177,8 @@ def of_line(rng: np.random.Generator) -> Lesson:
     asked = documents.ask(page, rng)
     assert asked is not None
     found = (DESCRIBE[0], f"text: {asked.answer}") if rng.random() < 0.1 else (asked.question, asked.answer)
-    return Lesson(documents.render(page, SIZE), [found], lambda: map_letters(documents.letters(page)))
+    maps = partial(map_letters, documents.letters(page), {})
+    return Lesson(documents.render(page, SIZE), [found], maps, lambda words: {})
 
 
 def _different(asked: Sequence[Asked | None], described: str, rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -144,12 +192,18 @@ def _different(asked: Sequence[Asked | None], described: str, rng: np.random.Gen
 # ---- what the patches show
 
 
+def _cell(x: float, y: float) -> tuple[int, int]:
+    """Row and column of the patch in which a point lies, given in pixels."""
+    row, column = (min(max(int(at / PATCH), 0), SIZE // PATCH - 1) for at in (y, x))
+    return row, column
+
+
 def map_scene(scene: shapes.Scene) -> dict[str, list[str]]:
     """For each patch the shape and colour of what lies on its centre; and at the middle of each object its shape."""
     side = SIZE // PATCH
     maps = {name: [NOTHING] * PATCHES for name in MAPS[:3]}
     for thing in scene.things:
-        row, column = (min(int(at * side), side - 1) for at in (thing.y, thing.x))
+        row, column = _cell(thing.x * SIZE, thing.y * SIZE)
         maps["middle"][row * side + column] = thing.shape
         left, top, right, bottom = (edge / PATCH for edge in thing.box(SIZE))
         for row in range(max(round(top), 0), min(round(bottom), side)):
@@ -159,42 +213,102 @@ def map_scene(scene: shapes.Scene) -> dict[str, list[str]]:
     return maps
 
 
-def map_letters(letters: Sequence[tuple[str, float, float]]) -> dict[str, list[str]]:
+def map_letters(letters: Sequence[tuple[str, float, float]], values: Mapping[str, str]) -> dict[str, list[str | None]]:
     """For each patch the first and second letter whose middle lies in it, and what is read next after them.
 
-    ``letters`` are in reading order with x and y of their middles; a blank lies nowhere, but can be next.
+    ``letters`` are in reading order with x and y of their middles; a blank lies nowhere, but can be next. Where a name
+    that has one of ``values`` is written, its patches tell the signs of that number, too.
     """
     side = SIZE // PATCH
     found: list[list[tuple[str, str]]] = [[] for _ in range(PATCHES)]
     for (letter, x, y), (after, _, _) in zip(letters, [*letters[1:], (" ", 0.0, 0.0)], strict=True):
         if letter != " ":
-            row, column = (min(max(int(at / PATCH), 0), side - 1) for at in (y, x))
+            row, column = _cell(x, y)
             found[row * side + column].append((letter.lower(), after.lower()))
-    return {
+    maps: dict[str, list[str | None]] = {
         "letter": [patch[0][0] if patch else NOTHING for patch in found],
         "second": [patch[1][0] if len(patch) > 1 else NOTHING for patch in found],
         "next": [patch[-1][1] if patch else NOTHING for patch in found],
     }
+    for text, places in texts(letters):
+        for i, name in enumerate(VALUE if text in values else ()):
+            signs = maps.setdefault(name, [None] * PATCHES)
+            for row, column in places:
+                signs[row * side + column] = (list(values[text]) + [NOTHING] * len(VALUE))[i]
+    return maps
+
+
+def texts(letters: Sequence[tuple[str, float, float]]) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Each text in small letters, and the patches of its letters."""
+    text, places = "", list[tuple[int, int]]()
+    for letter, x, y in letters:
+        if letter != " ":
+            text, places = text + letter.lower(), [*places, _cell(x, y)]
+        else:
+            yield text, places
+            text, places = "", []
+
+
+# ---- what the words of a question name
+
+
+def things_of_scene(scene: shapes.Scene, words: list[str]) -> dict[int, Thing]:
+    """By the number of a word, how many things it names with the colour before it, and where they or the one lie."""
+    named = {}
+    for i, word in enumerate(words):
+        if word not in KNOWN:
+            continue
+        colour = words[i - 1] if i and words[i - 1] in shapes.COLOURS else None
+        cells = [
+            _cell(t.x * SIZE, t.y * SIZE)
+            for t in scene.things
+            if KNOWN[word] in (None, t.shape) and colour in (None, t.colour)
+        ]
+        named[i] = _thing({"many": str(len(cells))}, cells)
+    return named
+
+
+def things_of_chart(
+    letters: Sequence[tuple[str, float, float]], values: Mapping[str, str], words: list[str]
+) -> dict[int, Thing]:
+    """By the number of a word that is the name of a bar or slice, where that begins, and what it stands at."""
+    at = {text: places[:1] for text, places in texts(letters) if text in values}
+    named = {}
+    for i, word in enumerate(words):
+        if word in values:
+            signs = [*values[word], *[NOTHING] * len(VALUE)]
+            named[i] = _thing(dict(zip(VALUE, signs, strict=False)), at.get(word, []))
+    return named
+
+
+def _thing(said: dict[str, str], cells: Sequence[tuple[int, int]]) -> Thing:
+    if len(cells) == 1:
+        said |= {"across": str(cells[0][1]), "down": str(cells[0][0])}
+    return Thing(said, [row * (SIZE // PATCH) + column for row, column in cells])
 
 
 # ---- to learn from
 
 
-def with_noise(question: str, rng: np.random.Generator, share: float) -> str:
-    """Now and then words that do not belong there: questions come in other words than those of training."""
-    if rng.random() > share:
-        return question
-    words = question.split()
-    for _ in range(int(rng.integers(1, 5))):
-        words.insert(int(rng.integers(len(words) + 1)), documents.WORDS[rng.integers(len(documents.WORDS))])
-    return " ".join(words)
+def with_noise(words: Sequence[str], rng: np.random.Generator, share: float) -> list[int | str]:
+    """The numbers of the words, now and then with words between them that do not belong there.
+
+    Questions come in other words than those of training, and a word of another kind of question ("what does it say?")
+    can be one of them ("would you say that ...").
+    """
+    found: list[int | str] = list(range(len(words)))
+    if rng.random() < share:
+        for _ in range(int(rng.integers(1, 5))):
+            strange = documents.WORDS if rng.random() < 0.5 else idle_words()
+            found.insert(int(rng.integers(len(found) + 1)), strange[rng.integers(len(strange))])
+    return found
 
 
 def pixels_of(lessons: Sequence[Lesson]) -> Float[Tensor, "lessons 3 size size"]:
     return IMAGES.normalise(torch.from_numpy(np.stack([lesson.pixels for lesson in lessons])).permute(0, 3, 1, 2))
 
 
-def collate(lessons: Sequence[Lesson], rng: np.random.Generator, *, noise: float = 0.12) -> Batch:
+def collate(lessons: Sequence[Lesson], rng: np.random.Generator, *, noise: float = 0.5) -> Batch:
     """Rows of a picture with what is asked about it, as the chat template writes them.
 
     ``noise`` is how many of the questions hold words that mean nothing here.
@@ -202,25 +316,46 @@ def collate(lessons: Sequence[Lesson], rng: np.random.Generator, *, noise: float
     image, ask, end = (_control(name) for name in ("<|image|>", "<|im_start|>", "<|im_end|>"))
     rows: list[list[int]] = []
     labels: list[list[int]] = []
+    things: list[list[tuple[int, int, int]]] = []  # token, which of THINGS, the word; or LIES, the patch
     for lesson in lessons:
-        row, label = [image] * PATCHES, [IGNORE] * PATCHES
+        row, label, named = [image] * PATCHES, [IGNORE] * PATCHES, list[tuple[int, int, int]]()
         for question, answer in lesson.asked:
-            q, a = _ids(with_noise(question, rng, noise)), _ids(answer)
+            words = question.split()
+            known = lesson.things([word.strip(string.punctuation) for word in words])
+            q: list[int] = []
+            for n, word in enumerate(with_noise(words, rng, noise)):
+                text = words[word] if isinstance(word, int) else word
+                ends = len(q) + len(_ids((" " if n else "") + text.rstrip(string.punctuation))) - 1
+                q += _ids((" " if n else "") + text)
+                if isinstance(word, int) and (thing := known.get(word)):
+                    at = len(row) + ends
+                    named += [(at, THINGS.index(name), _ids(said)[0]) for name, said in thing.said.items()]
+                    named += [(at, LIES, patch) for patch in thing.at]
+            a = _ids(answer)
             row += [*q, ask, *a, end]
             label += [*[IGNORE] * (len(q) + 1), *a, end]
         rows.append(row)
         labels.append(label)
+        things.append(named)
     number = torch.arange(len(rows))
     frames = {"frames": torch.ones_like(number), "frames_row": number}
     media = {"pixels": pixels_of(lessons), "pixels_row": number, **frames}
-    return Batch(text_batch(rows) | {"labels": padded(labels, fill=IGNORE)} | media)
+    most = max(map(len, things))
+    pointed = torch.tensor([[*named, *[(IGNORE,) * 3] * (most - len(named))] for named in things])
+    learned = {"labels": padded(labels, fill=IGNORE), "things": pointed.reshape(len(rows), most, 3)}
+    return Batch(text_batch(rows) | learned | media)
 
 
-@lru_cache(maxsize=len(MAPS))
+@cache
 def vocabulary(name: str) -> Int[Tensor, " words"]:
-    """The ids of the words of a map, in order."""
-    spelled = string.ascii_lowercase + string.digits + ".% "
-    words = shapes.SHAPES if name in ("shape", "middle") else tuple(shapes.COLOURS) if name == "colour" else spelled
+    """The ids of the words of a map, or of what things are named for, in order."""
+    words: Sequence[str] = string.ascii_lowercase + string.digits + ".% "
+    if name in ("shape", "middle"):
+        words = shapes.SHAPES
+    elif name == "colour":
+        words = tuple(shapes.COLOURS)
+    elif name not in ("letter", "second", "next"):
+        words = string.digits + "."
     return torch.tensor(sorted({_ids(word)[0] for word in [*words, NOTHING]}))
 
 
@@ -229,8 +364,8 @@ def names_of(lessons: Sequence[Lesson], rng: np.random.Generator) -> Int[Tensor,
     ids = np.full((len(lessons), len(MAPS), PATCHES), IGNORE)
     empty = _ids(NOTHING)[0]
     for i, lesson in enumerate(lessons):
-        for name, words in lesson.maps().items():
-            ids[i, MAPS.index(name)] = [_ids(word)[0] for word in words]
+        for name, words in {**lesson.maps(), **PLACES}.items():
+            ids[i, MAPS.index(name)] = [IGNORE if word is None else _ids(word)[0] for word in words]
     ids[(ids == empty) & (rng.random(ids.shape) > EMPTY)] = IGNORE
     return torch.from_numpy(ids)
 
@@ -241,8 +376,8 @@ def look(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
 
 
 def both(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
-    """What is asked about pictures, more of it in strange words, and the names of their patches."""
-    return Batch(collate(lessons, rng, noise=0.5) | {"names": names_of(lessons, rng)})
+    """What is asked about pictures, and the names of their patches."""
+    return Batch(collate(lessons, rng) | {"names": names_of(lessons, rng)})
 
 
 @dataclass(frozen=True, kw_only=True)

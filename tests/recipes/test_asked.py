@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
 
+from polymodal.backbones.decoder import DecoderBlock
 from polymodal.core.batch import Batch
 from polymodal.core.chat import Chat
 from polymodal.core.errors import DataError
 from polymodal.data.worlds import charts, documents, questions, shapes
 from polymodal.data.worlds.asked import HELD_OUT_PARAPHRASES
 from polymodal.heads.lm import IGNORE
+from polymodal.train.loop import fit
 from recipes.nano import asked, vlm
 
 
@@ -60,8 +64,8 @@ def test_each_patch_is_named_by_its_words() -> None:
     for lesson, names in zip(made, batch["names"], strict=True):
         for name, ids in zip(asked.MAPS, names.tolist(), strict=True):
             known = asked.vocabulary(name).tolist()
-            for i, word in zip(ids, lesson.maps().get(name, [asked.NOTHING] * asked.PATCHES), strict=True):
-                assert i == IGNORE if word == asked.NOTHING and i == IGNORE else words.decode([i]) == word
+            for i, word in zip(ids, {**lesson.maps(), **asked.PLACES}.get(name, [None] * asked.PATCHES), strict=True):
+                assert (word in (None, asked.NOTHING) and i == IGNORE) or words.decode([i]) == word
                 assert i == IGNORE or i in known
 
 
@@ -83,6 +87,24 @@ def test_a_learner_names_patches_and_answers() -> None:
     torch.testing.assert_close(whole.total, said.total + vlm.NAMING * looked.total / looked.weight * said.weight)
 
 
+def test_strange_words_change_no_question() -> None:
+    rng, idle = np.random.default_rng(0), set(asked.idle_words())
+    assert {"say", "value", "text"} < idle  # else a word is enough to tell what kind of question it is
+    telling = {*asked.KNOWN, *" ".join(shapes.RELATIONS).split(), *shapes.COLOURS, "higher", "lower", "highest", "most"}
+    assert idle.isdisjoint(telling - {"of"} | {"appear", "outnumber", "true"})  # the last: of held-out wordings only
+    words = ["is", "the", "red", "cup", "left", "of", "the", "star?"]
+    for _ in range(20):
+        mixed = asked.with_noise(words, rng, 1.0)
+        assert [word for word in mixed if isinstance(word, int)] == list(range(len(words)))
+        assert 1 <= len(mixed) - len(words) <= 4
+    assert asked.with_noise(words, rng, 0.0) == list(range(len(words)))
+
+
+def test_its_stages_run(tmp_path: Path) -> None:
+    result = fit(replace(vlm.run((1, 1)), evaluate=None, expect={}), tmp_path, device="cpu")
+    assert result.step == 2
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_maps_agree_with_the_pixels(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -96,13 +118,62 @@ def test_maps_agree_with_the_pixels(seed: int) -> None:
     assert sum(word != asked.NOTHING for word in maps["middle"]) == 1
 
     page = documents.line(rng, size=asked.SIZE, words=2)
-    maps = asked.map_letters(documents.letters(page))
+    maps = asked.map_letters(documents.letters(page), {})
     said = page.text.lower().replace("\n", "").replace(" ", "")
     found = [word for name in ("letter", "second") for word in maps[name] if word != asked.NOTHING]
     assert len(found) >= 0.8 * len(said)  # a third letter of one patch has no map
     assert set(found) <= set(said)
     ink = _touched(np.abs(documents.render(page, asked.SIZE).astype(int) - np.array(page.paper)).sum(2))
     assert ink[[i for i, word in enumerate(maps["letter"]) if word != asked.NOTHING]].mean() > 0.9
+
+
+def test_words_of_a_question_know_how_many_there_are_and_where() -> None:
+    cup, other, star = (
+        shapes.Thing(shape=shape, colour=colour, size="small", material="matte", x=x, y=y, width=0.1)
+        for shape, colour, x, y in (("cup", "red", 0.15, 0.55), ("cup", "blue", 0.5, 0.5), ("star", "red", 0.85, 0.95))
+    )
+    scene = shapes.Scene(things=(cup, other, star), background=(9, 9, 9))
+    one, two = {"many": "1"}, {"many": "2"}
+    assert asked.things_of_scene(scene, ["is", "the", "red", "cup", "left", "of", "the", "star"]) == {
+        3: asked.Thing({**one, "across": "1", "down": "5"}, [51]),
+        7: asked.Thing({**one, "across": "8", "down": "9"}, [98]),
+    }
+    assert asked.things_of_scene(scene, ["more", "cups", "than", "blue", "stars", "or", "red", "objects"]) == {
+        1: asked.Thing(two, [51, 55]),
+        4: asked.Thing({"many": "0"}, []),
+        7: asked.Thing(two, [51, 98]),
+    }
+    letters = [("F", 3.0, 9.0), ("o", 9.0, 9.0), ("x", 17.0, 9.0), (" ", 20.0, 9.0), ("7", 40.0, 9.0), (" ", 44.0, 9.0)]
+    values = {"fox": "6.2", "cat": "40"}
+    fox = {"first": "6", "then": ".", "third": "2", "last": "nothing", "across": "0", "down": "1"}
+    assert asked.things_of_chart(letters, values, ["is", "fox", "above", "cat"]) == {
+        1: asked.Thing(fox, [10]),
+        3: asked.Thing({"first": "4", "then": "0", "third": "nothing", "last": "nothing"}, []),
+    }
+    maps = asked.map_letters(letters, values)
+    assert {i: sign for i, sign in enumerate(maps["first"]) if sign} == {10: "6", 11: "6", 12: "6"}
+    assert {i: sign for i, sign in enumerate(maps["last"]) if sign} == {10: "nothing", 11: "nothing", 12: "nothing"}
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_a_thing_is_pointed_at_where_its_name_ends(noise: float) -> None:
+    tokens, seen = asked.tokenizer(), 0
+    made = lessons(12, scenes=0.5, charted=0.5)
+    batch = asked.collate(made, np.random.default_rng(0), noise=noise)
+    row_things = [(row, *thing) for row, named in enumerate(batch["things"].tolist()) for thing in named]
+    for row, token, which, word in (thing for thing in row_things if thing[1] != IGNORE):
+        text = tokens.decode(batch["ids"][row, asked.PATCHES : token + 1].tolist())
+        last = text.split()[-1]
+        assert made[row].things([last]), text
+        assert batch["labels"][row, token] == IGNORE
+        if which == asked.LIES:
+            assert word < asked.PATCHES
+            continue
+        assert tokens.decode([word]) in {*"0123456789.", asked.NOTHING}
+        if asked.THINGS[which] == "many":
+            assert last in asked.KNOWN, text
+            seen += 1
+    assert seen > 20
 
 
 def test_letters_of_a_chart_lie_on_ink() -> None:
@@ -144,3 +215,26 @@ def test_the_tasks_ask_about_what_is_held_out() -> None:
     words = set(asked.tokenizer().backend.get_vocab())
     assert "appear" not in words  # a word of held-out wordings only
     assert not any(charts.held_out_word(w) and w in words for w in ("plum", "iron", "chess"))
+
+
+def test_what_is_looked_at_is_what_the_first_head_sees() -> None:
+    learner, made = vlm.model(), lessons(2, scenes=1.0, charted=0.0)
+    assert isinstance(learner, vlm.Learner)
+    learner.eval()
+    backbone, batch = learner.vlm.backbone, asked.collate(made, np.random.default_rng(0))
+    met: list[tuple] = []
+    block = backbone.blocks[1]
+    assert isinstance(block, DecoderBlock)
+    block.register_forward_hook(lambda _, given, x: met.append(given))
+    learner.loss(batch)
+    x, view = met[0][:2]
+    row, token = torch.tensor([0, 1]), torch.tensor([100, 104])
+    looks = learner.looking(block, x, view, row, token).exp()
+    torch.testing.assert_close(looks.sum(1), torch.ones(2))
+    _, _, v = block.attn.project(block.attn_norm(x), view.rotary)
+    seen: list[torch.Tensor] = []
+    block.attn.o_proj.register_forward_hook(lambda _, given, x: seen.append(given[0]))
+    block(x, view)
+    head = backbone.config.attention.head_dim
+    for i in range(2):  # the weighted values are what the head gives on
+        torch.testing.assert_close(looks[i] @ v[row[i], 0], seen[0][row[i], token[i], :head], rtol=1e-4, atol=1e-5)
