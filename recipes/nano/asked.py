@@ -375,6 +375,13 @@ def look(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
     return Batch(pixels=pixels_of(lessons), names=names_of(lessons, rng))
 
 
+def point(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
+    """What is asked about pictures, of which nothing but what its words name is to be told."""
+    batch = collate(lessons, rng)
+    del batch["labels"]
+    return batch
+
+
 def both(lessons: Sequence[Lesson], rng: np.random.Generator) -> Batch:
     """What is asked about pictures, and the names of their patches."""
     return Batch(collate(lessons, rng) | {"names": names_of(lessons, rng)})

@@ -14,7 +14,6 @@ expected  see `expect` below; a blind run stands beside each figure
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +47,14 @@ from recipes.nano.asked import (
     Pictures,
     both,
     look,
+    point,
     tasks,
     tokenizer,
     vocabulary,
 )
 from recipes.nano.learners import Around
 
-STEPS = (3900, 4000)
+STEPS = (3900, 1000, 4000)
 # What each name of a patch, and of a thing in a question, weighs beside an answer; and where its word looks.
 NAMING, POINTING, LOOKING = 0.2, 0.2, 0.4
 ASKED = 300  # questions of each kind
@@ -101,33 +101,48 @@ class Learner(Around):
         self.points = nn.ModuleDict({n: nn.Linear(dim, dim, bias=False) for n in THINGS})
 
     def loss(self, batch: Batch) -> Loss:
+        """Of naming patches where there are no ``ids``, of pointing alone where there are no ``labels``."""
         if "ids" not in batch:
             return self.naming(self.vlm.connector(self.vlm.vision(batch["pixels"]).x), batch["names"])
-        backbone, met = self.vlm.backbone, list[Any]()
-        middle = backbone.blocks[len(backbone.blocks) // 2 - 1]
-        assert isinstance(middle, DecoderBlock)
-        hook = middle.register_forward_hook(lambda _, given, x: met.extend((*given[:2], x)))
-        tokens = self.vlm.read(batch)
-        said = next_token_loss(backbone(tokens).x, batch["labels"], backbone.logits)
-        hook.remove()
-        total, metrics = said.total, said.metrics
-        row, number = (batch["things"][..., 0] != IGNORE).nonzero(as_tuple=True)
-        token, which, word = batch["things"][row, number].unbind(1)
-        before, view, after = met
-        pointed = after[row, token]
-        for i, name in enumerate(THINGS):
-            loss, right = self.named(self.points[name](pointed[which == i]), word[which == i], name)
-            total = total + POINTING * said.weight * loss
-            metrics = {**metrics, name: right}
-        lies = which == LIES
-        looks = self.looking(middle, before, view, row[lies], token[lies])
-        total = total + LOOKING * said.weight * F.nll_loss(looks, word[lies], reduction="sum") / max(len(looks), 1)
-        metrics = {**metrics, "looks": (looks.detach().exp()[range(len(looks)), word[lies]]).mean()}
+        backbone, tokens = self.vlm.backbone, self.vlm.read(batch)
+        x, pointed = backbone.enter(tokens), None
+        for layer, (block, view) in enumerate(zip(backbone.blocks, backbone.views(tokens), strict=True)):
+            assert isinstance(block, DecoderBlock)
+            before, x = x, block(x, view)
+            if layer == len(backbone.blocks) // 2 - 1:
+                pointed = self.pointing(block, before, x, view, batch["things"])
+                if "labels" not in batch:
+                    return pointed
+        assert pointed is not None
+        said = next_token_loss(backbone.norm(x), batch["labels"], backbone.logits)
+        total = said.total + pointed.total / pointed.weight * said.weight
+        metrics = {**said.metrics, **pointed.metrics}
         if "names" in batch:
             named = self.naming(tokens.x[:, :PATCHES], batch["names"])  # a picture is what every row begins with
             total = total + NAMING * named.total / named.weight * said.weight
-            metrics = {**metrics, **named.metrics}
+            metrics |= named.metrics
         return Loss(total=total, weight=said.weight, metrics=metrics)
+
+    def pointing(
+        self,
+        block: DecoderBlock,
+        before: Float[Tensor, "rows tokens dim"],
+        after: Float[Tensor, "rows tokens dim"],
+        view: View,
+        things: Int[Tensor, "rows most 3"],
+    ) -> Loss:
+        """How well the words of questions know what they name, after a block, and look where it lies, in it."""
+        row, number = (things[..., 0] != IGNORE).nonzero(as_tuple=True)
+        token, which, word = things[row, number].unbind(1)
+        vectors, total, metrics = after[row, token], after.sum() * 0.0, {}
+        for i, name in enumerate(THINGS):
+            loss, metrics[name] = self.named(self.points[name](vectors[which == i]), word[which == i], name)
+            total = total + POINTING * loss
+        lies = which == LIES
+        looks = self.looking(block, before, view, row[lies], token[lies]).gather(1, word[lies][:, None])
+        total = total - LOOKING * looks.sum() / max(len(looks), 1)
+        metrics["looks"] = looks.detach().exp().mean()
+        return Loss(total=total * len(things), weight=len(things), metrics=metrics)
 
     def looking(
         self,
@@ -187,7 +202,7 @@ def evaluate(vlm: nn.Module, count: int = ASKED) -> dict[str, float]:
     return found
 
 
-def run(steps: tuple[int, int] = STEPS) -> Run:
+def run(steps: tuple[int, int, int] = STEPS) -> Run:
     stage = partial(Stage, weight_decay=0.05, betas=(0.9, 0.95), precision="auto", ema=0.998, workers=1)
     return Run(
         name="nano-vlm",
@@ -202,9 +217,17 @@ def run(steps: tuple[int, int] = STEPS) -> Run:
                 source=partial(Pictures, scenes=0.35, charts=0.4, collate=look),
                 trainable={"vlm.vision": 1.0, "vlm.connector": 1.0, "vlm.backbone.embed_tokens": 1.0, "turns": 1.0},
             ),
+            # A word finds what it names before anything is answered: learned together with answers, it looks for
+            # colours alone (docs/decisions.md 76).
             stage(
-                name="instruct", steps=steps[1], batch_size=32, lr=2e-3,
-                schedule=Cosine(warmup=min(100, steps[1] // 10)),
+                name="point", steps=steps[1], batch_size=32, lr=2e-3,
+                schedule=Cosine(warmup=min(100, steps[1] // 10), final=0.1),
+                source=partial(Pictures, scenes=0.8, charts=0.2, turns=7, collate=point),
+                trainable={"vlm.backbone.blocks.0": 1.0, "vlm.backbone.blocks.1": 1.0, "points": 1.0},
+            ),
+            stage(
+                name="instruct", steps=steps[2], batch_size=32, lr=2e-3,
+                schedule=Cosine(warmup=min(100, steps[2] // 10)),
                 source=partial(Pictures, scenes=0.5, charts=0.3, turns=7, collate=both),
                 trainable={"vlm.vision": 0.5, "vlm.connector": 1.0, "vlm.backbone": 1.0, "turns": 1.0, "points": 1.0},
             ),

@@ -101,8 +101,8 @@ def test_strange_words_change_no_question() -> None:
 
 
 def test_its_stages_run(tmp_path: Path) -> None:
-    result = fit(replace(vlm.run((1, 1)), evaluate=None, expect={}), tmp_path, device="cpu")
-    assert result.step == 2
+    result = fit(replace(vlm.run((1, 1, 1)), evaluate=None, expect={}), tmp_path, device="cpu")
+    assert result.step == 3
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -222,12 +222,10 @@ def test_what_is_looked_at_is_what_the_first_head_sees() -> None:
     assert isinstance(learner, vlm.Learner)
     learner.eval()
     backbone, batch = learner.vlm.backbone, asked.collate(made, np.random.default_rng(0))
-    met: list[tuple] = []
-    block = backbone.blocks[1]
+    block, tokens = backbone.blocks[1], learner.vlm.read(batch)
     assert isinstance(block, DecoderBlock)
-    block.register_forward_hook(lambda _, given, x: met.append(given))
-    learner.loss(batch)
-    x, view = met[0][:2]
+    views = list(backbone.views(tokens))
+    x, view = backbone.blocks[0](backbone.enter(tokens), views[0]), views[1]
     row, token = torch.tensor([0, 1]), torch.tensor([100, 104])
     looks = learner.looking(block, x, view, row, token).exp()
     torch.testing.assert_close(looks.sum(1), torch.ones(2))
@@ -238,3 +236,17 @@ def test_what_is_looked_at_is_what_the_first_head_sees() -> None:
     head = backbone.config.attention.head_dim
     for i in range(2):  # the weighted values are what the head gives on
         torch.testing.assert_close(looks[i] @ v[row[i], 0], seen[0][row[i], token[i], :head], rtol=1e-4, atol=1e-5)
+
+
+def test_pointing_alone_is_what_answers_learn_beside() -> None:
+    learner, made = vlm.model(), lessons(3, scenes=0.7, charted=0.3)
+    assert isinstance(learner, vlm.Learner)
+    learner.eval()
+    alone, both = (learner.loss(form(made, np.random.default_rng(0))) for form in (asked.point, asked.both))
+    for name, value in alone.metrics.items():
+        torch.testing.assert_close(both.metrics[name], value)
+    assert alone.weight == 3
+    alone.total.backward()
+    blocks = learner.vlm.backbone.blocks
+    read = [any(p.grad is not None and bool(p.grad.any()) for p in block.parameters()) for block in blocks]
+    assert read == [True, True, False, False]
