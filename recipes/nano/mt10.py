@@ -11,7 +11,7 @@ expected  see `BARS`; in closed loop, told in words that were never trained
 from __future__ import annotations
 
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -43,30 +43,39 @@ BARS: Final = {L1: 0.95, Bins: 0.88, Flow: 0.92}
 
 
 @cache
-def demonstrations(episodes: int = EPISODES, seed: int = 0) -> Demonstrations:
-    """Episodes of all tasks in turn, with a little noise on the hand, so that the way back is seen, too."""
-    env, rng = make("metaworld/mt10", cameras=(), privileged=True), np.random.default_rng(seed)
-    states, actions, episode = [], [], []
+def demonstrations(
+    episodes: int = EPISODES, seed: int = 0, cameras: tuple[str, ...] = (), size: int = 48
+) -> Demonstrations:
+    """Episodes of all tasks in turn, with a little noise on the hand, so that the way back is seen, too.
+
+    Where there are cameras, the state is the hand's alone.
+    """
+    env = make("metaworld/mt10", cameras=cameras, size=size, privileged=not cameras)
+    rng = np.random.default_rng(seed)
+    seen: list[dict[str, Any]] = []
+    actions, episode = [], []
     told: list[str] = []
     tried = 0
     while len(told) < episodes:
         tried += 1  # a scene in fifty is too hard for the expert
         raw, info = env.reset(seed=seed * 1_000_000 + tried, options={"task": TASKS[len(told) % len(TASKS)]})
         expert, noise, ended, cut = env.expert(), rng.uniform(0, NOISE), False, False
-        mine: list[tuple[np.ndarray, np.ndarray]] = []
+        mine: list[tuple[dict[str, Any], np.ndarray]] = []
         while not (ended or cut) and len(mine) < 300:
-            mine.append((raw["state"], expert()))
+            mine.append((raw, expert()))
             raw, _, ended, cut, info = env.step(mine[-1][1] + rng.normal(0, noise, 4))
         if not info["success"]:
             continue
-        states += [state for state, _ in mine]
+        seen += [raw for raw, _ in mine]
         actions += [action for _, action in mine]
         episode += [len(told)] * len(mine)
         told.append(info["instruction"])
     env.close()
     return Demonstrations(
-        states=np.stack(states), actions=np.stack(actions), episode=np.array(episode), told=tuple(told)
-    )
+        pictures={camera: np.stack([raw["images"][camera] for raw in seen]) for camera in cameras},
+        states=np.stack([raw["state"] for raw in seen]),
+        actions=np.stack(actions), episode=np.array(episode), told=tuple(told),
+    )  # fmt: skip
 
 
 def policy(head: Head) -> BehaviourCloning:
@@ -74,9 +83,11 @@ def policy(head: Head) -> BehaviourCloning:
     return fresh("metaworld", demonstrations(), StateTrunk(state_width=39), head, HORIZON)
 
 
-def succeed(model: BehaviourCloning, *, reworded: bool, episodes: int = 100) -> float:
+def succeed(
+    model: BehaviourCloning, *, reworded: bool, episodes: int = 100, cameras: tuple[str, ...] = (), size: int = 48
+) -> float:
     """The share of episodes, of all tasks in turn, that are done in closed loop, behind a guard."""
-    env = make("metaworld/mt10", cameras=(), privileged=True, reworded=reworded)
+    env = make("metaworld/mt10", cameras=cameras, size=size, privileged=not cameras, reworded=reworded)
     player = Player(model, Receding(execute=EXECUTE), generator=torch.Generator().manual_seed(0))
     report = run_loop(env, player, Guard(env.limits(), fps=env.fps), episodes=episodes, seed=2**24, steps=400)
     env.close()
