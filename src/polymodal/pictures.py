@@ -28,7 +28,7 @@ from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
 from polymodal.core.sample import Image
 from polymodal.core.verbs import Draws
 from polymodal.modalities.generated import check_settings, read_settings, to_pil, write_generated
-from polymodal.modalities.image import decode
+from polymodal.modalities.image import MAX_PIXELS, decode
 from polymodal.systems.base import System
 
 STRETCH = 0.1  # how much of its shape a control picture may lose, as where sides are rounded
@@ -323,10 +323,17 @@ def _mask(mask: Given, picture: Given, size: tuple[int, int] | None) -> Float[Te
 
 
 def sheet(pictures: Sequence[PILImage.Image], *, gap: int = 4) -> PILImage.Image:
-    """Pictures of one size side by side and below each other, about as wide as high."""
+    """Pictures of one size side by side and below each other, about as wide as high.
+
+    Where they would be more pixels than `modalities.image.decode` takes, each is made smaller.
+    """
     width, height = pictures[0].size
     columns = max(1, min(len(pictures), round(math.sqrt(len(pictures) * height / width))))
     rows = math.ceil(len(pictures) / columns)
+    shrink = math.sqrt(MAX_PIXELS / (columns * rows * (width + gap) * (height + gap)))
+    if shrink < 1:
+        width, height = (max(1, int(side * shrink) - gap) for side in (width, height))
+        pictures = [picture.resize((width, height)) for picture in pictures]
     out = PILImage.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for number, picture in enumerate(pictures):
         out.paste(picture, (number % columns * (width + gap), number // columns * (height + gap)))

@@ -25,6 +25,7 @@ from polymodal.core.batch import Batch
 from polymodal.core.drawing import Drawing, Glimpse
 from polymodal.core.errors import ConfigError, MediaError, UnsupportedError
 from polymodal.modalities.generated import COMPOSITE, GENERATED, read_settings, source_type, write_generated
+from polymodal.modalities.image import MAX_PIXELS
 from polymodal.pictures import Made, draw, drawn, settings_of, sheet
 from tests.nano import nano
 from tests.toy_painter import ToyPainter, toy
@@ -485,3 +486,10 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sheets_are_about_as_wide_as_high(count: int, size: tuple[int, int], grid: tuple[int, int]) -> None:
     whole = sheet([PILImage.new("RGB", size)] * count, gap=4)
     assert whole.size == (grid[0] * (size[0] + 4) - 4, grid[1] * (size[1] + 4) - 4)
+
+
+def test_a_sheet_of_large_pictures_can_be_shown_again() -> None:
+    whole = sheet([PILImage.new("RGB", (6000, 3000), "red")] * 4, gap=4)
+    assert whole.width * whole.height <= MAX_PIXELS < 4 * 6000 * 3000
+    assert whole.height / whole.width == pytest.approx(4 * 3000 / 6000, rel=0.01)
+    assert whole.getpixel((whole.width // 2, whole.height // 8)) == (255, 0, 0)

@@ -49,8 +49,8 @@ class Format:
         if self.parts:
             write_parts(folder, write_configs(folder, raw), tensors, shard_bytes=shard_bytes)
             return
-        write_json(folder / self.config_file, raw)
         write_shards(folder, tensors, single=self.weights_file, shard_bytes=shard_bytes)
+        write_json(folder / self.config_file, raw)  # last: what was interrupted is not taken for a model
 
 
 @dataclass(frozen=True, kw_only=True)
