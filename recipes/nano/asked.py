@@ -41,7 +41,7 @@ TEMPLATE = """\
 """
 # How often each kind is asked first of a scene, and what is asked of a chart.
 KINDS: Final[dict[str, float]] = {
-    "existence": 3, "count": 5, "relation": 4, "colour": 1, "shape": 2, "which": 1, "place": 1, "comparison": 1,
+    "existence": 3, "count": 5, "relation": 6, "colour": 1, "shape": 2, "which": 1, "place": 1, "comparison": 1,
     "unanswerable": 1,
 }  # fmt: skip
 CHARTED: Final[dict[str, float]] = {
@@ -56,7 +56,12 @@ NOTHING: Final = "nothing"  # what a patch without an object or a letter is call
 VALUE: Final = ("first", "then", "third", "last")  # the signs of a number, as it is answered
 MAPS: Final = ("shape", "colour", "middle", "letter", "second", "next", "row", "column", *VALUE)  # what names a patch
 THINGS: Final = ("many", "across", "down", *VALUE)  # what names a thing in a question: how many, and where the one is
-LIES: Final = -1  # in the place of one of them: a patch that is its middle follows, not a word
+RELATED: Final = ("beside", "over")  # what the later of two things in a question is named for: where the other is
+NAMED: Final = (*THINGS, *RELATED)
+# In the place of one of them, a token follows, not a word: a patch that a word names or an answer reads, or the word
+# before it that names a thing.
+LIES: Final = -1
+MEETS: Final = -2
 PLACES: Final = {
     "row": [str(i // (SIZE // PATCH)) for i in range(PATCHES)],
     "column": [str(i % (SIZE // PATCH)) for i in range(PATCHES)],
@@ -112,10 +117,12 @@ def _control(name: str) -> int:
 
 @dataclass(frozen=True)
 class Thing:
-    """What words of a question name: what is said of it, of `THINGS`, and the patches in which it lies."""
+    """What words of a question name: what is said of it, of `THINGS`, the patches in which it lies, and, if it is one
+    thing of a scene, its place."""
 
     said: Mapping[str, str]
     at: Sequence[int]
+    place: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,7 @@ class Lesson:
     asked: Sequence[tuple[str, str]]
     maps: Callable[[], Mapping[str, Sequence[str | None]]]  # made where they are learned from
     things: Callable[[list[str]], dict[int, Thing]]  # what the words of a question name, at the last of them
+    reads: Callable[[str], dict[int, int]] = lambda answer: {}  # where letters of an answer are read: the patches
 
 
 def _weighted(rng: np.random.Generator, weights: dict[str, float]) -> str:
@@ -177,8 +185,9 @@ def of_line(rng: np.random.Generator) -> Lesson:
     asked = documents.ask(page, rng)
     assert asked is not None
     found = (DESCRIBE[0], f"text: {asked.answer}") if rng.random() < 0.1 else (asked.question, asked.answer)
-    maps = partial(map_letters, documents.letters(page), {})
-    return Lesson(documents.render(page, SIZE), [found], maps, lambda words: {})
+    letters = documents.letters(page)
+    maps, reads = partial(map_letters, letters, {}), partial(reads_of_line, letters)
+    return Lesson(documents.render(page, SIZE), [found], maps, lambda words: {}, reads)
 
 
 def _different(asked: Sequence[Asked | None], described: str, rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -259,12 +268,9 @@ def things_of_scene(scene: shapes.Scene, words: list[str]) -> dict[int, Thing]:
         if word not in KNOWN:
             continue
         colour = words[i - 1] if i and words[i - 1] in shapes.COLOURS else None
-        cells = [
-            _cell(t.x * SIZE, t.y * SIZE)
-            for t in scene.things
-            if KNOWN[word] in (None, t.shape) and colour in (None, t.colour)
-        ]
-        named[i] = _thing({"many": str(len(cells))}, cells)
+        found = [t for t in scene.things if KNOWN[word] in (None, t.shape) and colour in (None, t.colour)]
+        cells = [_cell(t.x * SIZE, t.y * SIZE) for t in found]
+        named[i] = _thing({"many": str(len(cells))}, cells, (found[0].x, found[0].y) if len(found) == 1 else None)
     return named
 
 
@@ -281,10 +287,30 @@ def things_of_chart(
     return named
 
 
-def _thing(said: dict[str, str], cells: Sequence[tuple[int, int]]) -> Thing:
+def _thing(said: dict[str, str], cells: Sequence[tuple[int, int]], place: tuple[float, float] | None = None) -> Thing:
     if len(cells) == 1:
         said |= {"across": str(cells[0][1]), "down": str(cells[0][0])}
-    return Thing(said, [row * (SIZE // PATCH) + column for row, column in cells])
+    return Thing(said, [_patch(*cell) for cell in cells], place)
+
+
+def related(one: tuple[float, float], other: tuple[float, float]) -> dict[str, str]:
+    """Where one thing is, seen from another: of `RELATED`."""
+    found = {}
+    for name, (less, more), a, b in zip(RELATED, (("left", "right"), ("above", "below")), one, other, strict=True):
+        found[name] = less if a < b - shapes.MARGIN else more if a > b + shapes.MARGIN else NOTHING
+    return found
+
+
+def reads_of_line(letters: Sequence[tuple[str, float, float]], answer: str) -> dict[int, int]:
+    """By the number of a sign of an answer, the patch of the letter that it is."""
+    text = "".join(letter for letter, _, _ in letters).strip().lower()
+    start = answer.lower().find(text)
+    assert start >= 0, f"{answer!r} is not what is written: {text!r}"
+    return {start + i: _patch(*_cell(x, y)) for i, (letter, x, y) in enumerate(letters[: len(text)]) if letter != " "}
+
+
+def _patch(row: int, column: int) -> int:
+    return row * (SIZE // PATCH) + column
 
 
 # ---- to learn from
@@ -316,22 +342,32 @@ def collate(lessons: Sequence[Lesson], rng: np.random.Generator, *, noise: float
     image, ask, end = (_control(name) for name in ("<|image|>", "<|im_start|>", "<|im_end|>"))
     rows: list[list[int]] = []
     labels: list[list[int]] = []
-    things: list[list[tuple[int, int, int]]] = []  # token, which of THINGS, the word; or LIES, the patch
+    things: list[list[tuple[int, int, int]]] = []  # token, which of NAMED, the word; or LIES or MEETS, a token
     for lesson in lessons:
         row, label, named = [image] * PATCHES, [IGNORE] * PATCHES, list[tuple[int, int, int]]()
         for question, answer in lesson.asked:
             words = question.split()
             known = lesson.things([word.strip(string.punctuation) for word in words])
-            q: list[int] = []
+            q, other = list[int](), None  # the thing named before, and its token
             for n, word in enumerate(with_noise(words, rng, noise)):
                 text = words[word] if isinstance(word, int) else word
                 ends = len(q) + len(_ids((" " if n else "") + text.rstrip(string.punctuation))) - 1
                 q += _ids((" " if n else "") + text)
                 if isinstance(word, int) and (thing := known.get(word)):
                     at = len(row) + ends
-                    named += [(at, THINGS.index(name), _ids(said)[0]) for name, said in thing.said.items()]
+                    said = dict(thing.said)
+                    if thing.place is not None:
+                        if other is not None:
+                            said |= related(other[0], thing.place)
+                            named.append((at, MEETS, other[1]))
+                        other = thing.place, at
+                    named += [(at, NAMED.index(name), _ids(word)[0]) for name, word in said.items()]
                     named += [(at, LIES, patch) for patch in thing.at]
             a = _ids(answer)
+            if places := lesson.reads(answer):
+                starts = [start for start, _ in tokenizer().backend.encode(answer, add_special_tokens=False).offsets]
+                ask_at = len(row) + len(q)  # a sign is said by the token before it
+                named += [(ask_at + i, LIES, places[start]) for i, start in enumerate(starts) if start in places]
             row += [*q, ask, *a, end]
             label += [*[IGNORE] * (len(q) + 1), *a, end]
         rows.append(row)
@@ -354,6 +390,8 @@ def vocabulary(name: str) -> Int[Tensor, " words"]:
         words = shapes.SHAPES
     elif name == "colour":
         words = tuple(shapes.COLOURS)
+    elif name in RELATED:
+        words = ("left", "right") if name == RELATED[0] else ("above", "below")
     elif name not in ("letter", "second", "next"):
         words = string.digits + "."
     return torch.tensor(sorted({_ids(word)[0] for word in [*words, NOTHING]}))

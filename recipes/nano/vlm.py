@@ -39,9 +39,12 @@ from recipes.nano.asked import (
     IMAGES,
     LIES,
     MAPS,
+    MEETS,
+    NAMED,
     NOTHING,
     PATCH,
     PATCHES,
+    RELATED,
     SIZE,
     THINGS,
     Pictures,
@@ -58,6 +61,8 @@ STEPS = (3900, 1000, 4000)
 # What each name of a patch, and of a thing in a question, weighs beside an answer; and where its word looks.
 NAMING, POINTING, LOOKING = 0.2, 0.2, 0.4
 ASKED = 300  # questions of each kind
+# What the words of questions are taught after half of the layers, and after the next one: names, and where to look.
+TAUGHT = ((THINGS, LIES), (RELATED, MEETS))
 
 
 def config() -> ComposedConfig:
@@ -87,7 +92,8 @@ class Learner(Around):
     The vector that the connector makes of a patch is compared with the language model's own embeddings of the words
     that a map knows (the ``names`` of a batch), so what it says of shape, colour and letter is said in words. The rest,
     such as where it lies, would clash with that; a matrix each turns it away. So is, after half of the layers, the
-    vector of a word that names something (``things``: token, which, word): how many there are of it, and where.
+    vector of a word that names something (``things``: token, which, word): how many there are of it, and where; after
+    one layer more, where the thing named before is, seen from it.
     """
 
     inner = "vlm"
@@ -98,29 +104,29 @@ class Learner(Around):
         dim = vlm.config.backbone.dim
         plain = ("shape", "colour", "letter")
         self.turns = nn.ModuleDict({n: nn.Linear(dim, dim, bias=False) for n in MAPS if n not in plain})
-        self.points = nn.ModuleDict({n: nn.Linear(dim, dim, bias=False) for n in THINGS})
+        self.points = nn.ModuleDict({n: nn.Linear(dim, dim, bias=False) for n in NAMED})
 
     def loss(self, batch: Batch) -> Loss:
         """Of naming patches where there are no ``ids``, of pointing alone where there are no ``labels``."""
         if "ids" not in batch:
             return self.naming(self.vlm.connector(self.vlm.vision(batch["pixels"]).x), batch["names"])
         backbone, tokens = self.vlm.backbone, self.vlm.read(batch)
-        x, pointed = backbone.enter(tokens), None
+        x, pointed, metrics = backbone.enter(tokens), torch.zeros(()), dict[str, float | Tensor]()
         for layer, (block, view) in enumerate(zip(backbone.blocks, backbone.views(tokens), strict=True)):
             assert isinstance(block, DecoderBlock)
             before, x = x, block(x, view)
-            if layer == len(backbone.blocks) // 2 - 1:
-                pointed = self.pointing(block, before, x, view, batch["things"])
-                if "labels" not in batch:
-                    return pointed
-        assert pointed is not None
+            level = layer + 1 - len(backbone.blocks) // 2
+            if 0 <= level < len(TAUGHT):
+                taught, found = self.pointing(block, before, x, view, batch["things"], level)
+                pointed, metrics = pointed + taught, metrics | found
+                if "labels" not in batch and level == len(TAUGHT) - 1:
+                    return Loss(total=pointed * len(x), weight=len(x), metrics=metrics)
         said = next_token_loss(backbone.norm(x), batch["labels"], backbone.logits)
-        total = said.total + pointed.total / pointed.weight * said.weight
-        metrics = {**said.metrics, **pointed.metrics}
+        total, metrics = said.total + pointed * said.weight, {**said.metrics, **metrics}
         if "names" in batch:
             named = self.naming(tokens.x[:, :PATCHES], batch["names"])  # a picture is what every row begins with
             total = total + NAMING * named.total / named.weight * said.weight
-            metrics |= named.metrics
+            metrics |= dict(named.metrics)
         return Loss(total=total, weight=said.weight, metrics=metrics)
 
     def pointing(
@@ -130,19 +136,23 @@ class Learner(Around):
         after: Float[Tensor, "rows tokens dim"],
         view: View,
         things: Int[Tensor, "rows most 3"],
-    ) -> Loss:
-        """How well the words of questions know what they name, after a block, and look where it lies, in it."""
+        level: int,
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """How well the words of questions know what they name, after a block, and look where it lies, in it: the mean
+        loss, and metrics."""
+        names, place = TAUGHT[level]
         row, number = (things[..., 0] != IGNORE).nonzero(as_tuple=True)
         token, which, word = things[row, number].unbind(1)
-        vectors, total, metrics = after[row, token], after.sum() * 0.0, {}
-        for i, name in enumerate(THINGS):
-            loss, metrics[name] = self.named(self.points[name](vectors[which == i]), word[which == i], name)
+        vectors, total, metrics = after[row, token], after.sum() * 0.0, dict[str, float | Tensor]()
+        for name in names:
+            mine = which == NAMED.index(name)
+            loss, metrics[name] = self.named(self.points[name](vectors[mine]), word[mine], name)
             total = total + POINTING * loss
-        lies = which == LIES
+        lies = which == place
         looks = self.looking(block, before, view, row[lies], token[lies]).gather(1, word[lies][:, None])
         total = total - LOOKING * looks.sum() / max(len(looks), 1)
-        metrics["looks"] = looks.detach().exp().mean()
-        return Loss(total=total * len(things), weight=len(things), metrics=metrics)
+        metrics["looks" if level == 0 else "meets"] = looks.detach().exp().mean()
+        return total, metrics
 
     def looking(
         self,
@@ -222,13 +232,13 @@ def run(steps: tuple[int, int, int] = STEPS) -> Run:
             stage(
                 name="point", steps=steps[1], batch_size=32, lr=2e-3,
                 schedule=Cosine(warmup=min(100, steps[1] // 10), final=0.1),
-                source=partial(Pictures, scenes=0.8, charts=0.2, turns=7, collate=point),
-                trainable={"vlm.backbone.blocks.0": 1.0, "vlm.backbone.blocks.1": 1.0, "points": 1.0},
+                source=partial(Pictures, scenes=0.6, charts=0.2, turns=7, collate=point),
+                trainable={**{f"vlm.backbone.blocks.{i}": 1.0 for i in range(3)}, "points": 1.0},
             ),
             stage(
                 name="instruct", steps=steps[2], batch_size=32, lr=2e-3,
                 schedule=Cosine(warmup=min(100, steps[2] // 10)),
-                source=partial(Pictures, scenes=0.5, charts=0.3, turns=7, collate=both),
+                source=partial(Pictures, scenes=0.45, charts=0.25, turns=7, collate=both),
                 trainable={"vlm.vision": 0.5, "vlm.connector": 1.0, "vlm.backbone": 1.0, "turns": 1.0, "points": 1.0},
             ),
         ],
