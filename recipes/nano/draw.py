@@ -21,20 +21,27 @@ stays as it begins (`averaging`), and only the decoder learns, without discrimin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from einops import rearrange
+from jaxtyping import Int
+from torch import nn
 
 from polymodal.backbones.decoder import Learned, Plain
-from polymodal.backbones.encdec import EncDecConfig, StackConfig
-from polymodal.core.batch import Batch, Loss, text_batch
+from polymodal.backbones.encdec import Attention, Block, EncDecConfig, StackConfig
+from polymodal.core.batch import Batch, Loss, padded, text_batch
 from polymodal.core.drawing import Drawing
-from polymodal.data.worlds import prompts
+from polymodal.data.worlds import prompts, shapes
 from polymodal.data.worlds.prompts import Prompt
+from polymodal.data.worlds.shapes import Scene
+from polymodal.heads.lm import IGNORE
 from polymodal.nn.norm import Layer
-from polymodal.systems.parti import Parti, PartiConfig
+from polymodal.systems.parti import DROPPED, Parti, PartiConfig
 from polymodal.tokenizers.fsq import FiniteCodes
 from polymodal.tokenizers.language import LanguageTokenizer
 from polymodal.tokenizers.pyramid import PyramidConfig
@@ -42,13 +49,15 @@ from polymodal.tokenizers.vq import VQConfig
 from polymodal.train.run import Cosine, Header, Run, Stage
 from recipes.nano.averaging import averaging_
 from recipes.nano.learners import Around
-from recipes.nano.painted import EXPECT, SIDE, Scenes, asked_both
+from recipes.nano.painted import EXPECT, SCENES, SIDE, Scenes, as_pixels, asked_both
 from recipes.nano.painted import evaluate as faithful
 
-STEPS = (3600, 500)  # of the painter, of the decoder of its codes
-ROWS = 16
+STEPS = (12_000, 3000)  # of the painter, of the decoder of its codes
+ROWS = 32
+LOOKS, LOOKING = 1, 0.3  # the layer whose first head looks at the words of what it paints, and what that weighs
+NONE = -2  # what a word names that names no object
 ASKED = 120  # texts of each kind
-DIM, CONTEXT = 192, 20
+DIM, CONTEXT = 128, 20
 DRAWING = Drawing(guidance=3.0, seed=0)
 VISION = VQConfig(
     net=PyramidConfig(widths=(16, 16, 32), num_blocks=1, middle_attention=False, latent_dim=3, groups=1),
@@ -64,7 +73,7 @@ def tokenizer() -> LanguageTokenizer:
 
 
 def painter() -> Parti:
-    stack = partial(StackConfig, num_heads=6, head_dim=DIM // 6, mlp=Plain(hidden_dim=4 * DIM), bias=True)
+    stack = partial(StackConfig, num_heads=4, head_dim=DIM // 4, mlp=Plain(hidden_dim=4 * DIM), bias=True)
     codes = VISION.codes.size
     backbone = EncDecConfig(
         vocab_size=codes + 1, dim=DIM, encoder=stack(num_layers=2), decoder=stack(num_layers=4), norm=Layer(),
@@ -79,7 +88,20 @@ def painter() -> Parti:
         )
     )  # fmt: skip
     made.tokenizer = words
+    placed_(made)
     return made
+
+
+@torch.no_grad()
+def placed_(painter: Parti) -> None:
+    """Places of codes begin as waves along rows and columns: what lies above is found the same way everywhere."""
+    table = painter.backbone.decoder.position
+    assert isinstance(table, nn.Embedding)
+    squares, quarter = SIDE // VISION.net.factor, DIM // 4
+    turns = torch.arange(squares)[:, None] * torch.logspace(0.3, -1.5, quarter)
+    waves = torch.cat([turns.sin(), turns.cos()], 1)
+    row, column = waves[:, None].expand(-1, squares, -1), waves[None].expand(squares, -1, -1)
+    table.weight.copy_(0.1 * torch.cat([row, column], 2).flatten(0, 1))
 
 
 class Learner(Around):
@@ -95,17 +117,72 @@ class Learner(Around):
 
     def loss(self, batch: Batch) -> Loss:
         pixels, vision = batch["pixels"], self.painter.vision
-        if "ids" in batch:
-            codes = vision.encode(pixels).flatten(1)
-            return self.painter.loss(Batch(ids=batch["ids"], valid=batch["valid"], codes=codes))
-        made, _ = vision(pixels)
-        error = F.l1_loss(made, pixels)
-        return Loss(total=batch.size * error, weight=batch.size, metrics={"error": error.detach()})
+        if "ids" not in batch:
+            made, _ = vision(pixels)
+            error = F.l1_loss(made, pixels)
+            return Loss(total=batch.size * error, weight=batch.size, metrics={"error": error.detach()})
+        chance = torch.randint(100, (batch.size,), device=pixels.device)
+        lesson = Batch(ids=batch["ids"], valid=batch["valid"], codes=vision.encode(pixels).flatten(1), chance=chance)
+        block, read = self.painter.backbone.decoder.blocks[LOOKS], list[Any]()
+        assert isinstance(block, Block)
+        attn = block.cross_attn
+        assert isinstance(attn, Attention)
+        hook = attn.register_forward_pre_hook(lambda _, given: read.append(given))
+        try:
+            said = self.painter.loss(lesson)
+        finally:
+            hook.remove()
+        x, k, *_ = read[0]
+        q = rearrange(attn.q_proj(x), "b n (h d) -> b h n d", h=k.shape[1])[:, 0]
+        scores = (q @ k[:, 0].mT).float() * q.shape[-1] ** -0.5
+        looks = scores.masked_fill(~batch["valid"][:, None], float("-inf")).log_softmax(2)
+        speaks = batch["speaks"][:, None] == batch["shows"][..., None]  # of what the code shows
+        told = (batch["shows"] != IGNORE) & (chance >= DROPPED)[:, None]
+        share = looks[told].masked_fill(~speaks[told], float("-inf")).logsumexp(1)
+        total = said.total - LOOKING * share.sum() / max(len(share), 1) * said.weight
+        return Loss(total=total, weight=said.weight, metrics={**said.metrics, "looks": share.detach().exp().mean()})
 
 
-def words(wanted: Sequence[Prompt], pixels: Tensor) -> Batch:
-    """The tokens of the texts."""
-    return text_batch([tokenizer().encode(one.text, special=True) for one in wanted])
+@dataclass(frozen=True)
+class Bound:
+    """Texts and pictures, which words ``speaks`` of which object, and which codes show it.
+
+    An object's first code is any object's: only those behind it are known to be of this one.
+    """
+
+    def __len__(self) -> int:
+        return SCENES
+
+    def batch(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
+        wanted = [prompts.prompt(rng) for _ in indices]
+        scenes = [prompts.scene(one, rng) for one in wanted]
+        return Batch(
+            text_batch([tokenizer().encode(one.text, special=True) for one in wanted]),
+            speaks=padded([speaks(one) for one in wanted], fill=NONE),
+            shows=torch.from_numpy(np.stack([shows(one) for one in scenes])),
+            pixels=as_pixels(scenes),
+        )
+
+
+def speaks(wanted: Prompt) -> list[int]:
+    """The object that each token names, or says the colour of."""
+    said = wanted.text.split()
+    of = [NONE] * len(said)
+    for number, kind in enumerate(wanted.kinds):
+        at = next(i for i in range(len(said)) if tuple(said[i : i + 2]) == kind)
+        of[at : at + 2] = [number, number]
+    return of
+
+
+def shows(scene: Scene) -> Int[np.ndarray, " codes"]:
+    """The object that covers most of each square that is a code, but for the first one of each."""
+    squares = SIDE // VISION.net.factor
+    out = np.full(squares * squares, IGNORE)
+    for number, thing in enumerate(scene.things):
+        alone = (shapes.render(replace(scene, things=(thing,)), SIDE) != scene.background).any(2)
+        covered = alone.reshape(squares, VISION.net.factor, squares, -1).mean((1, 3)).flatten() >= 0.5
+        out[np.flatnonzero(covered)[1:]] = number
+    return out
 
 
 def evaluate(model: nn.Module, count: int = ASKED) -> dict[str, float]:
@@ -124,7 +201,7 @@ def run(steps: tuple[int, int] = STEPS, rows: int = ROWS, *, count: int = ASKED)
         model=lambda: Learner(painter()),
         stages=[
             stage(
-                name="painter", steps=steps[0], source=partial(Scenes, words), lr=1e-3, betas=(0.9, 0.98),
+                name="painter", steps=steps[0], source=Bound, lr=1e-3, betas=(0.9, 0.98),
                 precision="auto", schedule=Cosine(warmup=min(150, steps[0])),
                 trainable={"painter.text": 1.0, "painter.backbone": 1.0},
             ),

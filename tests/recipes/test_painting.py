@@ -13,6 +13,7 @@ import torch
 import polymodal
 from polymodal.core.drawing import Drawing
 from polymodal.data.worlds import prompts
+from polymodal.data.worlds.shapes import COLOURS
 from polymodal.evaluate.faithfulness import faithfulness
 from polymodal.systems.parti import Parti
 from polymodal.tokenizers.vae import VAE
@@ -47,6 +48,38 @@ def test_a_code_is_a_colour() -> None:
     paper, red = values[counts.argsort(descending=True)[:2]]
     assert (codes == paper).float().mean() > 0.5
     assert (codes == red).sum() >= 12
+
+
+def test_words_speak_of_what_the_codes_show() -> None:
+    batch = draw.Bound().batch(range(12), np.random.default_rng(0))
+    squares = torch.nn.functional.avg_pool2d(batch["pixels"], 4).flatten(2).mT  # mean colours
+    paper = squares[:, :1]
+    words = draw.tokenizer()
+    for row in range(12):
+        shown = batch["shows"][row]
+        for number in range(int(batch["speaks"][row].max()) + 1):
+            said = batch["ids"][row][batch["speaks"][row] == number].tolist()
+            colour, shape = words.decode(said).split()
+            assert shape in prompts.SHAPES
+            wanted = torch.tensor(COLOURS[colour]) / 127.5 - 1
+            covered = squares[row][shown == number]
+            assert len(covered) > 4
+            nearer = (covered - wanted).norm(dim=1) < (covered - paper[row]).norm(dim=1)
+            assert nearer.float().mean() > 0.5
+    assert draw.NONE in batch["speaks"]
+
+
+def test_places_of_codes_begin_alike_everywhere() -> None:
+    torch.manual_seed(0)
+    learner = draw.run().model()
+    assert isinstance(learner, draw.Learner)
+    table = learner.painter.backbone.decoder.position
+    assert isinstance(table, torch.nn.Embedding)
+    alike = table.weight @ table.weight.T
+    above, beside = alike.diagonal(12), alike.diagonal(1)[torch.arange(143) % 12 != 11]
+    assert torch.allclose(above, above[:1])
+    assert torch.allclose(beside, beside[:1])
+    assert alike.diagonal().min() > above.max()
 
 
 def test_texts_are_read_whole() -> None:
