@@ -17,6 +17,7 @@ from polymodal.core.drawing import Drawing
 from polymodal.core.verbs import Draws
 from polymodal.data.worlds import prompts, shapes
 from polymodal.data.worlds.prompts import Kind, Prompt
+from polymodal.data.worlds.shapes import Scene
 from polymodal.data.worlds.shapes_reader import read
 from polymodal.encoders.clip_text import CLIPTextConfig
 from polymodal.encoders.text import TextConfig
@@ -63,10 +64,15 @@ def words(wanted: Sequence[Prompt], pixels: Float[Tensor, "batch 3 side side"]) 
     return Batch(ids=tokenizer()([one.text for one in wanted])[0])
 
 
+def as_pixels(scenes: Sequence[Scene]) -> Float[Tensor, "batch 3 side side"]:
+    """Pictures of scenes, in [-1, 1]."""
+    drawn = np.stack([shapes.render(scene, SIDE) for scene in scenes])
+    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def pixels(wanted: Sequence[Prompt], rng: np.random.Generator) -> Float[Tensor, "batch 3 side side"]:
     """A scene of each, in [-1, 1]."""
-    drawn = np.stack([shapes.render(prompts.scene(one, rng), SIDE) for one in wanted])
-    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return as_pixels([prompts.scene(one, rng) for one in wanted])
 
 
 @dataclass(frozen=True)

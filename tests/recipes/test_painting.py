@@ -13,12 +13,19 @@ import torch
 import polymodal
 from polymodal.core.drawing import Drawing
 from polymodal.data.worlds import prompts
+from polymodal.data.worlds.shapes import COLOURS
 from polymodal.evaluate.faithfulness import faithfulness
 from polymodal.systems.parti import Parti
 from polymodal.tokenizers.vae import VAE
 from polymodal.train import fit
 from recipes.nano import draw, draw_dit, draw_flow, draw_unet, painted
 from recipes.nano.averaging import averaging_
+
+
+@pytest.fixture(scope="module")
+def painter() -> Parti:
+    torch.manual_seed(0)
+    return draw.painter()
 
 
 def test_autoencoders_begin_with_mean_colours() -> None:
@@ -35,18 +42,55 @@ def test_autoencoders_begin_with_mean_colours() -> None:
     assert (vae.decode(vae.encode(pixels)) - pixels).abs().mean() < before / 2
 
 
-def test_a_code_is_a_colour() -> None:
+def test_a_code_is_a_colour(painter: Parti) -> None:
     """Squares of paper alone have one code, and those within objects of one colour have another."""
-    torch.manual_seed(0)
-    learner = draw.run().model()
-    assert isinstance(learner, draw.Learner)
     rng = np.random.default_rng(0)
     one = prompts.Prompt(text="", kinds=(("red", "square"), ("red", "circle")))
-    codes = learner.painter.vision.encode(painted.pixels([one], rng))[0]
+    codes = painter.vision.encode(painted.pixels([one], rng))[0]
     values, counts = codes.unique(return_counts=True)
     paper, red = values[counts.argsort(descending=True)[:2]]
     assert (codes == paper).float().mean() > 0.5
     assert (codes == red).sum() >= 12
+
+
+def test_pictures_pass_the_codes(painter: Parti) -> None:
+    vision = painter.vision
+    wanted = painted.asked(12, held_out=True)
+    pixels = painted.pixels(wanted, np.random.default_rng(5))
+    squares = vision.latents(pixels)
+    torch.testing.assert_close(vision.paint(squares), pixels)
+    assert squares.shape == (12, 48, 12, 12)
+    read = painted.judged(vision.decode(vision.encode(pixels)) / 2 + 0.5, wanted)
+    assert read.objects.value >= 11 / 12
+
+
+def test_words_speak_of_what_the_codes_show() -> None:
+    batch = draw.Bound().batch(range(12), np.random.default_rng(0))
+    squares = torch.nn.functional.avg_pool2d(batch["pixels"], 4).flatten(2).mT  # mean colours
+    paper = squares[:, :1]
+    words = draw.tokenizer()
+    for row in range(12):
+        shown = batch["shows"][row]
+        for number in range(int(batch["speaks"][row].max()) + 1):
+            said = batch["ids"][row][batch["speaks"][row] == number].tolist()
+            colour, shape = words.decode(said).split()
+            assert shape in prompts.SHAPES
+            wanted = torch.tensor(COLOURS[colour]) / 127.5 - 1
+            covered = squares[row][shown == number]
+            assert len(covered) > 4
+            nearer = (covered - wanted).norm(dim=1) < (covered - paper[row]).norm(dim=1)
+            assert nearer.float().mean() > 0.5
+    assert draw.NONE in batch["speaks"]
+
+
+def test_places_of_codes_begin_alike_everywhere(painter: Parti) -> None:
+    table = painter.backbone.decoder.position
+    assert isinstance(table, torch.nn.Embedding)
+    alike = table.weight @ table.weight.T
+    above, beside = alike.diagonal(12), alike.diagonal(1)[torch.arange(143) % 12 != 11]
+    assert torch.allclose(above, above[:1])
+    assert torch.allclose(beside, beside[:1])
+    assert alike.diagonal().min() > above.max()
 
 
 def test_texts_are_read_whole() -> None:
@@ -65,16 +109,16 @@ def test_what_is_told_is_of_the_picture() -> None:
 
 @pytest.mark.slow  # a picture is 144 codes, one after another
 def test_a_tiny_run_of_the_shipped_painter(tmp_path: Path) -> None:
-    result = fit(draw.run((1, 1), 2, count=6), tmp_path, device="cpu")
+    result = fit(draw.run(1, 2, count=6), tmp_path, device="cpu")
     assert result.finished
     assert set(result.reached) <= set(result.metrics)
     assert not any(result.reached.values())
     assert {"unseen/objects", "shuffled/objects", "seen/relation"} <= set(result.metrics)
-    (painter,) = result.model.children()
-    assert isinstance(painter, Parti)
-    saved = polymodal.load(painter.save(tmp_path / "model"))
+    (trained,) = result.model.children()
+    assert isinstance(trained, Parti)
+    saved = polymodal.load(trained.save(tmp_path / "model"))
     drawing = Drawing(seed=3)
-    torch.testing.assert_close(saved.draw(["a red circle"], drawing), painter.draw(["a red circle"], drawing))
+    torch.testing.assert_close(saved.draw(["a red circle"], drawing), trained.draw(["a red circle"], drawing))
 
 
 @pytest.mark.parametrize("recipe", [draw_unet, draw_dit, draw_flow])
