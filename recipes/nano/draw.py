@@ -12,7 +12,7 @@ expected  see `expect` below: pictures that show the objects, colours and relati
 A diffusion (`draw_unet`) was tried first: as far as it was trained it painted shapes, and did not heed the text. Its
 error falls by a text only between the noise in which a place is known and that in which a colour is; a code says a
 colour as soon as an object begins. Which words speak of the object that a code shows is known of every scene, and one
-head is taught to look at them (docs/decisions.md 67).
+head is taught to look at them (docs/decisions.md 77).
 
 Deviations from the paper: the tokenizer of pictures is not a ViT-VQGAN but the most frequent squares of pictures
 (`palette`), and is not trained. Places begin as waves.

@@ -7,7 +7,7 @@ little. It does not know photographs. Pictures are read at 80 x 80 pixels.
 
 command   polymodal train recipes/nano/vlm.py --out runs/nano-vlm
 machine   1 CPU core
-time      four hours are reckoned: the shipped weights come from earlier forms of these stages (docs/decisions.md 76)
+time      six hours are reckoned: the shipped weights come from earlier forms of these stages (docs/decisions.md 76)
 expected  see `expect` below; a blind run stands beside each figure
 """
 
@@ -218,7 +218,7 @@ def run(steps: tuple[int, int, int] = STEPS) -> Run:
         name="nano-vlm",
         header=Header(
             command="polymodal train recipes/nano/vlm.py --out runs/nano-vlm",
-            machine="1 CPU core", time="four hours", expected="the bars of `expect`",
+            machine="1 CPU core", time="six hours", expected="the bars of `expect`",
         ),
         model=model,
         stages=[
