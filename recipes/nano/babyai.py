@@ -29,8 +29,8 @@ EPISODES: Final = {"GoToLocal": 6000, "PutNextLocal": 12_000}
 STRAY = 0.3  # the most that the bot is made to stray, so that the way back is seen; what is learned is what it wanted
 MOVES = 3  # the first actions: left, right, forward
 TRUNK: Final = TileTrunk(cameras=("agent",), image_size=56, tile=8, channels=64, state_width=4)
-# Set before the first run. Three seeds of these settings: docs/act.md, from several seeds. Drawn at a temperature of 0.5
-# it does less, for it goes round in circles.
+# Set before the first run. Three seeds of these settings: docs/act.md, from several seeds. Drawn at a temperature of
+# 0.5 it does less, for it goes round in circles.
 BARS: Final = {"GoToLocal": Bar(value=0.98), "PutNextLocal": Bar(value=0.9)}
 
 
