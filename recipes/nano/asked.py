@@ -56,7 +56,8 @@ NOTHING: Final = "nothing"  # what a patch without an object or a letter is call
 VALUE: Final = ("first", "then", "third", "last")  # the signs of a number, as it is answered
 MAPS: Final = ("shape", "colour", "middle", "letter", "second", "next", "row", "column", *VALUE)  # what names a patch
 THINGS: Final = ("many", "across", "down", *VALUE)  # what names a thing in a question: how many, and where the one is
-RELATED: Final = ("beside", "over")  # what the later of two things in a question is named for: where the other is
+# What the later of two things in a question is named for: where the other is, if that is clear.
+RELATED: Final = {"beside": ("left", "right"), "over": ("above", "below")}
 NAMED: Final = (*THINGS, *RELATED)
 # In the place of one of them, a token follows, not a word: a patch that a word names or an answer reads, or the word
 # before it that names a thing.
@@ -207,18 +208,22 @@ def _cell(x: float, y: float) -> tuple[int, int]:
     return row, column
 
 
+def _patch(row: int, column: int) -> int:
+    return row * (SIZE // PATCH) + column
+
+
 def map_scene(scene: shapes.Scene) -> dict[str, list[str]]:
     """For each patch the shape and colour of what lies on its centre; and at the middle of each object its shape."""
     side = SIZE // PATCH
     maps = {name: [NOTHING] * PATCHES for name in MAPS[:3]}
     for thing in scene.things:
         row, column = _cell(thing.x * SIZE, thing.y * SIZE)
-        maps["middle"][row * side + column] = thing.shape
+        maps["middle"][_patch(row, column)] = thing.shape
         left, top, right, bottom = (edge / PATCH for edge in thing.box(SIZE))
         for row in range(max(round(top), 0), min(round(bottom), side)):
             for column in range(max(round(left), 0), min(round(right), side)):
-                maps["shape"][row * side + column] = thing.shape
-                maps["colour"][row * side + column] = thing.colour
+                maps["shape"][_patch(row, column)] = thing.shape
+                maps["colour"][_patch(row, column)] = thing.colour
     return maps
 
 
@@ -228,12 +233,10 @@ def map_letters(letters: Sequence[tuple[str, float, float]], values: Mapping[str
     ``letters`` are in reading order with x and y of their middles; a blank lies nowhere, but can be next. Where a name
     that has one of ``values`` is written, its patches tell the signs of that number, too.
     """
-    side = SIZE // PATCH
     found: list[list[tuple[str, str]]] = [[] for _ in range(PATCHES)]
     for (letter, x, y), (after, _, _) in zip(letters, [*letters[1:], (" ", 0.0, 0.0)], strict=True):
         if letter != " ":
-            row, column = _cell(x, y)
-            found[row * side + column].append((letter.lower(), after.lower()))
+            found[_patch(*_cell(x, y))].append((letter.lower(), after.lower()))
     maps: dict[str, list[str | None]] = {
         "letter": [patch[0][0] if patch else NOTHING for patch in found],
         "second": [patch[1][0] if len(patch) > 1 else NOTHING for patch in found],
@@ -242,8 +245,8 @@ def map_letters(letters: Sequence[tuple[str, float, float]], values: Mapping[str
     for text, places in texts(letters):
         for i, name in enumerate(VALUE if text in values else ()):
             signs = maps.setdefault(name, [None] * PATCHES)
-            for row, column in places:
-                signs[row * side + column] = (list(values[text]) + [NOTHING] * len(VALUE))[i]
+            for cell in places:
+                signs[_patch(*cell)] = (list(values[text]) + [NOTHING] * len(VALUE))[i]
     return maps
 
 
@@ -296,7 +299,7 @@ def _thing(said: dict[str, str], cells: Sequence[tuple[int, int]], place: tuple[
 def related(one: tuple[float, float], other: tuple[float, float]) -> dict[str, str]:
     """Where one thing is, seen from another: of `RELATED`."""
     found = {}
-    for name, (less, more), a, b in zip(RELATED, (("left", "right"), ("above", "below")), one, other, strict=True):
+    for (name, (less, more)), a, b in zip(RELATED.items(), one, other, strict=True):
         found[name] = less if a < b - shapes.MARGIN else more if a > b + shapes.MARGIN else NOTHING
     return found
 
@@ -307,10 +310,6 @@ def reads_of_line(letters: Sequence[tuple[str, float, float]], answer: str) -> d
     start = answer.lower().find(text)
     assert start >= 0, f"{answer!r} is not what is written: {text!r}"
     return {start + i: _patch(*_cell(x, y)) for i, (letter, x, y) in enumerate(letters[: len(text)]) if letter != " "}
-
-
-def _patch(row: int, column: int) -> int:
-    return row * (SIZE // PATCH) + column
 
 
 # ---- to learn from
@@ -391,7 +390,7 @@ def vocabulary(name: str) -> Int[Tensor, " words"]:
     elif name == "colour":
         words = tuple(shapes.COLOURS)
     elif name in RELATED:
-        words = ("left", "right") if name == RELATED[0] else ("above", "below")
+        words = RELATED[name]
     elif name not in ("letter", "second", "next"):
         words = string.digits + "."
     return torch.tensor(sorted({_ids(word)[0] for word in [*words, NOTHING]}))

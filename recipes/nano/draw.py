@@ -21,7 +21,7 @@ Deviations from the paper: the tokenizer of pictures is not a ViT-VQGAN but the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -138,7 +138,6 @@ class Learner(Around):
         return Loss(total=total, weight=said.weight, metrics={**said.metrics, "looks": share.detach().exp().mean()})
 
 
-@dataclass(frozen=True)
 class Bound:
     """Texts and pictures, which words ``speaks`` of which object, and which codes show it.
 

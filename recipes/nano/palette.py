@@ -20,7 +20,7 @@ _KEPT = 6  # for so many squares with an edge one of one colour is looked at: pi
 def palette_(vision: VQModel, pixels: Float[Tensor, "pictures 3 height width"]) -> None:
     """Encoder and decoder pass squares as they are, and the codes are the centres of those of pictures.
 
-    Squares drawn by a decoder from their mean colours are read right in 64 of 100 pictures, these in all.
+    Squares drawn by a decoder from their mean colours are read right in 64 of 100 pictures, these in 99.
     """
     encoder, decoder = vision.encoder, vision.decoder
     assert isinstance(encoder, nn.Sequential)

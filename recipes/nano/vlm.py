@@ -61,8 +61,9 @@ STEPS = (3900, 1000, 4000)
 # What each name of a patch, and of a thing in a question, weighs beside an answer; and where its word looks.
 NAMING, POINTING, LOOKING = 0.2, 0.2, 0.4
 ASKED = 300  # questions of each kind
-# What the words of questions are taught after half of the layers, and after the next one: names, and where to look.
-TAUGHT = ((THINGS, LIES), (RELATED, MEETS))
+# What the words of questions are taught after half of the layers, and after the next one: names, where to look, and
+# what that is called.
+TAUGHT = ((THINGS, LIES, "looks"), (tuple(RELATED), MEETS, "meets"))
 
 
 def config() -> ComposedConfig:
@@ -140,7 +141,7 @@ class Learner(Around):
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """How well the words of questions know what they name, after a block, and look where it lies, in it: the mean
         loss, and metrics."""
-        names, place = TAUGHT[level]
+        names, place, called = TAUGHT[level]
         row, number = (things[..., 0] != IGNORE).nonzero(as_tuple=True)
         token, which, word = things[row, number].unbind(1)
         vectors, total, metrics = after[row, token], after.sum() * 0.0, dict[str, float | Tensor]()
@@ -151,7 +152,7 @@ class Learner(Around):
         lies = which == place
         looks = self.looking(block, before, view, row[lies], token[lies]).gather(1, word[lies][:, None])
         total = total - LOOKING * looks.sum() / max(len(looks), 1)
-        metrics["looks" if level == 0 else "meets"] = looks.detach().exp().mean()
+        metrics[called] = looks.detach().exp().mean()
         return total, metrics
 
     def looking(
